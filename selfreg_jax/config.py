@@ -1,0 +1,213 @@
+"""Every knob of a run, with its unit, range and source; and the check that a config makes sense before any compute."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ml_collections
+
+from selfreg_jax.errors import UserError
+
+ConfigDict = ml_collections.ConfigDict
+
+# Fields that change what is seen on the screen or how fast data are read, but no number of a run: a workdir may be
+# continued with other values.
+HARMLESS = ("data.dir", "data.verify", "data.threads", "data.prefetch", "train.log_every", "eval.batch_size")
+
+
+def base_config() -> ConfigDict:
+  """The defaults: the paper's convolutional UNet with the authors' settings for it on Synapse."""
+  config = ConfigDict()
+  config.seed = 0  # of initial weights, shuffling, augmentation and channel pairs
+
+  config.data = data = ConfigDict()
+  data.dir = ""  # folder that `python -m selfreg_jax.data.prepare` wrote
+  data.batch_size = 24  # slices of a global batch, over all devices
+  data.image_size = 224  # pixels a side of what the network sees; slices are resized to it by cubic splines
+  data.foreground_fraction = 0.0  # share of slices drawn among those with foreground, 0..1; 0 is the authors' sampling
+  data.verify = True  # read every file once at the start and compare checksums (about a second per gigabyte)
+  data.threads = 4  # reading threads; 0 reads in the training thread
+  data.prefetch = 8  # batches held ready
+
+  config.augment = augment = ConfigDict()  # the recipe of TransUNet and of the authors
+  augment.turn_flip_probability = 0.5  # of a quarter turn and a flip, 0..1
+  augment.rotate_probability = 0.5  # of a rotation by a small angle, among the slices not turned, 0..1
+  augment.max_angle = 20  # degrees, 0..180; whole angles in [-max_angle, max_angle)
+
+  config.model = model = ConfigDict()
+  model.name = "unet"
+  model.widths = (64, 128, 256, 512, 512)  # channels of the stem and of each down stage
+  model.upsample = "bilinear"  # or "transpose"
+  model.dtype = "float32"  # of the computation: "float32" or "bfloat16"; parameters, losses and logits stay float32
+
+  config.loss = loss = ConfigDict()
+  loss.ce_weight = 0.4  # of the cross-entropy, >= 0
+  loss.dice_weight = 0.6  # of the soft Dice loss, >= 0
+  loss.scr_weight = 0.015  # of semantic consistency regularization; 0 switches it off; the paper's best value is 0.015
+  loss.ifd_weight = 0.015  # of internal feature distillation; 0 switches it off; likewise
+  loss.ifd_order = "response"  # how IFD orders channels: "response" (the authors' code) or "index" (the paper's text)
+  loss.ifd_p = 2.0  # exponent of IFD, > 0
+
+  config.optimizer = optimizer = ConfigDict()
+  optimizer.name = "sgd"  # "sgd", "adamw" or "adam"
+  optimizer.learning_rate = 0.01  # of the first step, > 0
+  optimizer.momentum = 0.9  # of sgd, 0..1
+  optimizer.weight_decay = 1e-4  # sgd and adam: added to the gradient, as in PyTorch; adamw: decoupled
+  optimizer.schedule = "poly"  # "poly", "cosine" (warm restarts, stepped once an epoch) or "constant"
+  optimizer.poly_power = 0.9  # of poly: rate * (1 - step / steps) ** power
+  optimizer.cosine_period = 10  # of cosine: epochs between restarts
+  optimizer.cosine_minimum = 1e-4  # of cosine: lowest rate
+
+  config.train = train = ConfigDict()
+  train.epochs = 150  # passes over the training slices; steps = epochs * ceil(slices / batch_size)
+  train.steps = 0  # steps instead of epochs; 0 follows epochs
+  train.validate_every = 1000  # steps between validations, each with a checkpoint; the last step always has one
+  train.log_every = 50  # steps between lines of metrics; in between nothing is read from the device
+
+  config.eval = evaluation = ConfigDict()
+  evaluation.batch_size = 24  # slices of a batch in validation and evaluation, rounded up to a multiple of the devices
+  return config
+
+
+_SHARE = (lambda value: 0 <= value <= 1, "between 0 and 1")
+_POSITIVE = (lambda value: value > 0, "greater than 0")
+_NOT_NEGATIVE = (lambda value: value >= 0, "at least 0")
+_AT_LEAST_1 = (lambda value: value >= 1, "at least 1")
+
+
+def _one_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
+  return (lambda value: value in choices), f"one of {', '.join(map(repr, choices))}"
+
+
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+  "data.dir": (bool, "the folder of a prepared dataset (--config.data.dir=DIR)"),
+  "data.batch_size": _AT_LEAST_1,
+  "data.image_size": (lambda value: value >= 2, "at least 2"),
+  "data.foreground_fraction": _SHARE,
+  "data.threads": _NOT_NEGATIVE,
+  "data.prefetch": _AT_LEAST_1,
+  "augment.turn_flip_probability": _SHARE,
+  "augment.rotate_probability": _SHARE,
+  "augment.max_angle": (lambda value: 0 <= value <= 180, "between 0 and 180 degrees"),
+  "model.name": _one_of("unet"),
+  "model.widths": (
+    lambda value: len(value) >= 3 and all(isinstance(width, int) and width >= 2 and width % 2 == 0 for width in value),
+    "at least three even numbers of channels",
+  ),
+  "model.upsample": _one_of("bilinear", "transpose"),
+  "model.dtype": _one_of("float32", "bfloat16"),
+  "loss.ce_weight": _NOT_NEGATIVE,
+  "loss.dice_weight": _NOT_NEGATIVE,
+  "loss.scr_weight": _NOT_NEGATIVE,
+  "loss.ifd_weight": _NOT_NEGATIVE,
+  "loss.ifd_order": _one_of("response", "index"),
+  "loss.ifd_p": _POSITIVE,
+  "optimizer.name": _one_of("sgd", "adamw", "adam"),
+  "optimizer.learning_rate": _POSITIVE,
+  "optimizer.momentum": _SHARE,
+  "optimizer.weight_decay": _NOT_NEGATIVE,
+  "optimizer.schedule": _one_of("poly", "cosine", "constant"),
+  "optimizer.poly_power": _POSITIVE,
+  "optimizer.cosine_period": _AT_LEAST_1,
+  "optimizer.cosine_minimum": _NOT_NEGATIVE,
+  "train.epochs": _AT_LEAST_1,
+  "train.steps": _NOT_NEGATIVE,
+  "train.validate_every": _AT_LEAST_1,
+  "train.log_every": _AT_LEAST_1,
+  "eval.batch_size": _AT_LEAST_1,
+}
+
+
+def validate(config: ConfigDict) -> None:
+  """Checks names, types and ranges of a whole config.
+
+  Args:
+    config: to be checked against `base_config`.
+
+  Raises:
+    UserError: all that is wrong, a line each; an unknown field with the nearest valid name.
+  """
+  problems = list(_structure_problems(config, base_config(), prefix=""))
+  if not problems:
+    flat = flatten(config)
+    problems = [
+      f"{name} = {flat[name]!r} must be {rule}" for name, (holds, rule) in _RULES.items() if not holds(flat[name])
+    ]
+    if not problems and config.loss.ce_weight == config.loss.dice_weight == 0:
+      problems = ["loss.ce_weight and loss.dice_weight are both 0: nothing would supervise the prediction"]
+    if not problems and config.data.image_size < 2 ** (len(config.model.widths) - 1):
+      problems = [
+        f"data.image_size = {config.data.image_size} is too small for {len(config.model.widths) - 1} down stages"
+      ]
+  if problems:
+    raise UserError("the config cannot be used:\n  " + "\n  ".join(f"config.{problem}" for problem in problems))
+
+
+def _joint_problems(config: ConfigDict) -> Iterator[str]:
+  if config.loss.ce_weight == config.loss.dice_weight == 0:
+    yield "loss.ce_weight and config.loss.dice_weight are both 0: nothing would supervise the prediction"
+  downs = len(config.model.widths) - 1
+  if config.data.image_size < 2**downs:
+    yield f"data.image_size = {config.data.image_size} is too small for {downs} down stages: at least {2**downs}"
+
+
+def _structure_problems(config: ConfigDict, base: ConfigDict, prefix: str) -> Iterator[str]:
+  for name in config:
+    if name not in base:
+      try:
+        getattr(base, name)
+      except AttributeError as error:  # ml_collections names the nearest field
+        yield f"{prefix}{name} is not a field. {str(error).splitlines()[-1]}"
+  for name, default in base.items():
+    if name not in config:
+      yield f"{prefix}{name} is missing; start from selfreg_jax.config.base_config()"
+    elif isinstance(default, ConfigDict) and isinstance(config[name], ConfigDict):
+      yield from _structure_problems(config[name], default, f"{prefix}{name}.")
+    elif not _same_kind(config[name], default):
+      yield f"{prefix}{name} = {config[name]!r} must be a {type(default).__name__}, not a {type(config[name]).__name__}"
+
+
+def _same_kind(value: Any, default: Any) -> bool:
+  if isinstance(value, bool) or isinstance(default, bool):
+    return isinstance(value, bool) and isinstance(default, bool)
+  if isinstance(default, float):
+    return isinstance(value, int | float)
+  return isinstance(value, list | tuple) if isinstance(default, tuple) else isinstance(value, type(default))
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+  """Field values by dotted name, tuples as lists, as they go to JSON."""
+  flat = {}
+  for name, value in config.items():
+    if isinstance(value, ConfigDict):
+      flat |= {f"{name}.{inner}": leaf for inner, leaf in flatten(value).items()}
+    else:
+      flat[name] = list(value) if isinstance(value, tuple) else value
+  return flat
+
+
+def to_json(config: ConfigDict) -> dict[str, Any]:
+  """The config as nested plain JSON values."""
+  return {
+    name: to_json(value) if isinstance(value, ConfigDict) else (list(value) if isinstance(value, tuple) else value)
+    for name, value in config.items()
+  }
+
+
+def from_json(content: dict[str, Any]) -> ConfigDict:
+  """The reverse of `to_json`."""
+  return ConfigDict(
+    {
+      name: from_json(value) if isinstance(value, dict) else (tuple(value) if isinstance(value, list) else value)
+      for name, value in content.items()
+    }
+  )
+
+
+def differences(ours: ConfigDict, theirs: ConfigDict) -> list[str]:
+  """Fields that differ between two configs and change the numbers of a run, as "field: theirs -> ours" lines."""
+  new, old = flatten(ours), flatten(theirs)
+  return [
+    f"config.{name}: {old.get(name)!r} -> {new.get(name)!r}"
+    for name in sorted(new.keys() | old.keys())
+    if name not in HARMLESS and old.get(name) != new.get(name)
+  ]

@@ -1,0 +1,1 @@
+"""From medical image files to batches: `prepare` once, then memory-mapped slices, shuffled, augmented on the device."""

@@ -1,0 +1,429 @@
+"""One case from a NIfTI file to arrays of slices: reading, checking, orientation there and back, intensities.
+
+Every fault of a file is a `CaseError` with one line that says what is wrong, so that `prepare` can list all bad files
+of a dataset at once. This module imports NumPy and nibabel only.
+"""
+
+import base64
+import dataclasses
+import gzip
+import math
+import os
+import pathlib
+import zlib
+
+import nibabel as nib
+import numpy as np
+from nibabel.spatialimages import HeaderDataError
+
+from selfreg_jax.data.manifest import Intensity
+
+ORIENTATIONS = ("ras", "stored")
+
+# Voxels by which the corners of image and label may lie apart. sforms in float32 agree to 2e-4 voxels on a
+# 512 x 512 x 200 grid and header fields rounded to three decimals to a few hundredths; half a voxel is a real shift.
+AFFINE_TOLERANCE = 0.1
+
+# Distance of a label from an integer that still counts as rounding: 255 * float32(1 / 255) is 1.00000006.
+LABEL_TOLERANCE = 1e-4
+
+# How network inputs are stored, by kind of intensity: dtype and the factor that brings stored values back.
+STORED_FORMATS = {
+  "window": ("uint16", 1 / 65535),
+  "minmax": ("uint16", 1 / 65535),
+  "zscore": ("float32", 1.0),
+}
+
+_LISTED_VALUES = 8
+_GZIP_MAGIC = b"\x1f\x8b"
+_LENGTH_UNITS = {1: "metres", 3: "micrometres"}  # NIfTI's xyzt_units, lowest three bits; 0 is unknown, 2 millimetres
+
+
+class CaseError(Exception):
+  """One fault of one file, or of an image with its label, in one line without the file's name."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RawVolume:
+  """A volume as its file holds it.
+
+  Attributes:
+    array: (x, y, z) voxels in the file's scaled units; the file's own integer type where it has one and no scaling,
+      else float32.
+    affine: (4, 4) voxel -> millimetres, from the sform where there is one, else the qform, else the voxel sizes.
+    header: the file's header as it stands, without nibabel's repairs.
+  """
+
+  array: np.ndarray
+  affine: np.ndarray
+  header: nib.Nifti1Header
+
+
+def read_nifti(path: str | os.PathLike) -> RawVolume:
+  """Reads a whole .nii or .nii.gz file and checks all that one file can be checked for.
+
+  A gzip stream is read to its end, so that truncation and a wrong CRC are noticed. Axes of length 1 beyond the third
+  are dropped: several tools write a volume as (x, y, z, 1).
+
+  Args:
+    path: the file.
+
+  Returns:
+    The volume, every voxel finite.
+
+  Raises:
+    CaseError: the file cannot be read, is damaged or no NIfTI file, or holds something other than one finite,
+      real-valued 3-D volume with positive voxel sizes in millimetres and an invertible affine.
+  """
+  content = _read_content(pathlib.Path(path))
+  header = _parse_header(content)
+  shape = _volume_shape(header)
+  affine = _checked_affine(header)
+  array = _scaled(_stored_voxels(content, header, shape), header)
+  _check_finite(array)
+  return RawVolume(array, affine, header)
+
+
+def pack_header(header: nib.Nifti1Header) -> str:
+  """A header's bytes as text; the reverse is `unpack_header`."""
+  return base64.b64encode(header.binaryblock).decode()
+
+
+def unpack_header(packed: str) -> nib.Nifti1Header:
+  """The header that `pack_header` packed, unrepaired."""
+  return _parse_header(base64.b64decode(packed))
+
+
+def write_like(path: str | os.PathLike, array: np.ndarray, header: nib.Nifti1Header) -> None:
+  """Writes an array on the grid of another file: its affines, their codes, units and remaining fields stay.
+
+  The file exists whole or not at all.
+
+  Args:
+    path: a .nii or .nii.gz file.
+    array: (x, y, z) or (x, y, z, channels), uint8 or float32, on the grid of the file that the header comes from.
+    header: of that file.
+  """
+  path = pathlib.Path(path)
+  header = header.copy()
+  header.set_data_dtype(array.dtype)
+  header["cal_min"] = header["cal_max"] = 0  # the display range of the image means nothing for classes
+  kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+  content = kind(array, None, header).to_bytes()
+  if path.suffix == ".gz":
+    content = gzip.compress(content, compresslevel=5, mtime=0)
+  temporary = path.with_name(path.name + ".partial")
+  temporary.write_bytes(content)
+  temporary.replace(path)
+
+
+def peek_shape(path: str | os.PathLike) -> tuple[int, int, int] | None:
+  """The (x, y, z) voxels that a file's header promises, read from its first bytes; None if they cannot be had."""
+  path = pathlib.Path(path)
+  try:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+      return _volume_shape(_parse_header(file.read(nib.Nifti2Header.sizeof_hdr)))
+  except (OSError, EOFError, zlib.error, CaseError):
+    return None
+
+
+def _read_content(path: pathlib.Path) -> bytes:
+  try:
+    if path.is_dir():
+      raise CaseError("is a folder, not a file")
+    if path.suffix != ".gz":
+      content = path.read_bytes()
+    elif path.stat().st_size == 0:
+      content = b""
+    else:
+      with gzip.open(path) as file:
+        content = file.read()
+  except EOFError as error:
+    raise CaseError("truncated: the gzip stream stops before its end") from error
+  except (gzip.BadGzipFile, zlib.error) as error:
+    raise CaseError(f"damaged or not a gzip file ({_one_line(error)})") from error
+  except OSError as error:
+    raise CaseError(f"cannot be read ({error.strerror or _one_line(error)})") from error
+  if not content:
+    raise CaseError("is empty")
+  return content
+
+
+def _one_line(error: Exception) -> str:
+  return " ".join(str(error).split())
+
+
+def _parse_header(content: bytes) -> nib.Nifti1Header:
+  """The header of a single-file NIfTI-1 or NIfTI-2, unrepaired: nibabel's own loading mends bad fields silently."""
+  if content.startswith(_GZIP_MAGIC):
+    raise CaseError("is compressed by gzip; name it .nii.gz")
+  for kind in (nib.Nifti1Header, nib.Nifti2Header):
+    if len(content) < kind.sizeof_hdr or not kind.may_contain_header(content[: kind.sizeof_hdr]):
+      continue
+    header = kind(content[: kind.sizeof_hdr], check=False)
+    if header["magic"].item() == kind.pair_magic:
+      raise CaseError("is the header of a .hdr/.img pair; convert it to a single .nii file")
+    if header["magic"].item() == kind.single_magic.rstrip(b"\x00"):
+      return header
+  raise CaseError("is not a NIfTI file (no NIfTI header)")
+
+
+def _volume_shape(header: nib.Nifti1Header) -> tuple[int, int, int]:
+  dimensions = int(header["dim"][0])
+  if not 1 <= dimensions <= 7:
+    raise CaseError(f"damaged header: {dimensions} dimensions")
+  shape = tuple(int(size) for size in header["dim"][1 : dimensions + 1])
+  if min(shape) < 1:
+    raise CaseError(f"damaged header: shape {shape}")
+  if len(shape) < 3 or any(size > 1 for size in shape[3:]):
+    raise CaseError(f"has shape {shape}; one 3-D volume (x, y, z) is needed")
+  return shape[:3]
+
+
+def _checked_affine(header: nib.Nifti1Header) -> np.ndarray:
+  sizes = header["pixdim"][1:4]
+  if not (np.isfinite(sizes) & (sizes > 0)).all():
+    raise CaseError(f"voxel sizes (pixdim) {_numbers(sizes)} in the header are not all positive")
+  if unit := _LENGTH_UNITS.get(int(header["xyzt_units"]) & 7):
+    raise CaseError(f"voxel sizes are in {unit}; convert the header to millimetres")
+  if header["pixdim"][0] == 0:
+    header["pixdim"][0] = 1  # NIfTI-1: "if pixdim[0] is 0, then use qfac = 1"
+  try:
+    affine = np.asarray(header.get_best_affine(), np.float64)
+  except (HeaderDataError, ValueError) as error:
+    raise CaseError(f"damaged affine ({_one_line(error)})") from error
+  lengths = np.linalg.norm(affine[:3, :3], axis=0)
+  if not np.isfinite(affine).all() or not lengths.all() or abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-3:
+    raise CaseError("affine is singular or not finite: " + "; ".join(_numbers(row) for row in affine[:3]))
+  return affine
+
+
+def _numbers(values: np.ndarray) -> str:
+  return "(" + ", ".join(f"{value:g}" for value in values) + ")"
+
+
+def _stored_voxels(content: bytes, header: nib.Nifti1Header, shape: tuple[int, int, int]) -> np.ndarray:
+  """The voxels (x, y, z) before scaling: a view of the file's bytes."""
+  try:
+    dtype = header.get_data_dtype()
+  except (HeaderDataError, KeyError) as error:
+    raise CaseError(f"unknown data type code {int(header['datatype'])}") from error
+  if dtype.kind not in "iuf":
+    what = {"c": "complex numbers", "V": "RGB colours"}.get(dtype.kind, str(dtype))
+    raise CaseError(f"holds {what}; one real number a voxel is needed")
+  offset = float(header["vox_offset"]) or header.single_vox_offset
+  if not header.single_vox_offset <= offset < math.inf:
+    raise CaseError(f"damaged header: the voxels start at byte {offset:g}")
+  needed = int(offset) + math.prod(shape) * dtype.itemsize
+  if len(content) < needed:
+    raise CaseError(f"truncated: {len(content)} bytes where the header promises {needed}")
+  voxels = np.frombuffer(content, dtype, count=math.prod(shape), offset=int(offset))
+  return voxels.reshape(shape, order="F")
+
+
+def _scaled(voxels: np.ndarray, header: nib.Nifti1Header) -> np.ndarray:
+  try:
+    slope, intercept = header.get_slope_inter()
+  except HeaderDataError as error:
+    raise CaseError(f"damaged header: {_one_line(error)}") from error
+  if slope is None or (slope, intercept) == (1.0, 0.0):
+    native = voxels.dtype.newbyteorder("=") if voxels.dtype.kind in "iu" else np.float32
+    with np.errstate(over="ignore"):  # beyond float32 becomes Inf, which is refused as such
+      return voxels.astype(native, copy=False)
+  scaled = voxels.astype(np.float32)
+  scaled *= np.float32(slope)
+  scaled += np.float32(intercept)
+  return scaled
+
+
+def _check_finite(array: np.ndarray) -> None:
+  if array.dtype.kind != "f" or np.isfinite(array).all():
+    return
+  counts = {"NaN": np.isnan(array).sum(), "Inf": np.isinf(array).sum()}
+  raise CaseError("holds " + " and ".join(f"{count} {name}" for name, count in counts.items() if count) + " voxel(s)")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Geometry:
+  """How the slices of a case lie in the grid of its file, and the way back.
+
+  Slices are array[x, y] at fixed z after orientation: rows run along the first axis that is left, columns along the
+  second (the authors' preparation, and the packs in circulation).
+
+  Attributes:
+    affine: (4, 4) voxel (x, y, z) of the file as stored -> millimetres; an array or nested sequences.
+    file_shape: (x, y, z) voxels of the file as stored.
+    orientation: "ras" (axes permuted and flipped to nibabel's closest canonical) or "stored".
+    axis: the axis, after orientation, along which slices are cut.
+  """
+
+  affine: np.ndarray
+  file_shape: tuple[int, int, int]
+  orientation: str = "ras"
+  axis: int = 2
+
+  def _file_axes(self) -> tuple[tuple[int, bool], ...]:
+    """For (slice, row, column): the file's axis and whether it runs backwards."""
+    oriented = [(axis, False) for axis in range(3)]
+    if self.orientation == "ras":
+      target_and_sign = nib.io_orientation(np.asarray(self.affine))  # a row for each axis of the file
+      oriented = [(int(axis), target_and_sign[axis, 1] < 0) for axis in np.argsort(target_and_sign[:, 0])]
+    return (oriented[self.axis], *(oriented[axis] for axis in range(3) if axis != self.axis))
+
+  def _flips(self) -> tuple[slice, ...]:
+    return tuple(slice(None, None, -1 if backwards else 1) for _, backwards in self._file_axes())
+
+  @property
+  def shape(self) -> tuple[int, int, int]:
+    """(slices, rows, columns)."""
+    return tuple(int(self.file_shape[axis]) for axis, _ in self._file_axes())
+
+  @property
+  def spacing(self) -> tuple[float, float, float]:
+    """Millimetres between voxel centres along (slice, row, column)."""
+    sizes = nib.affines.voxel_sizes(np.asarray(self.affine))
+    return tuple(float(sizes[axis]) for axis, _ in self._file_axes())
+
+  @property
+  def axcodes(self) -> tuple[str, str, str]:
+    """Where the indices along (slice, row, column) grow to, e.g. ("S", "R", "A")."""
+    affine = np.asarray(self.affine)
+    grows, shrinks = nib.aff2axcodes(affine), nib.aff2axcodes(affine @ np.diag([-1, -1, -1, 1]))
+    return tuple((shrinks if backwards else grows)[axis] for axis, backwards in self._file_axes())
+
+  def to_slices(self, array: np.ndarray) -> np.ndarray:
+    """(x, y, z, ...) in the file's grid -> (slices, rows, columns, ...), a view."""
+    self._check_shape(array, tuple(self.file_shape), "the file's grid")
+    order = [axis for axis, _ in self._file_axes()]
+    return array.transpose(*order, *range(3, array.ndim))[self._flips()]
+
+  def from_slices(self, slices: np.ndarray) -> np.ndarray:
+    """(slices, rows, columns, ...) -> (x, y, z, ...) in the file's own grid, a view; the reverse of `to_slices`."""
+    self._check_shape(slices, self.shape, "(slices, rows, columns)")
+    order = [axis for axis, _ in self._file_axes()]
+    return slices[self._flips()].transpose(*np.argsort(order), *range(3, slices.ndim))
+
+  def _check_shape(self, array: np.ndarray, shape: tuple[int, ...], what: str) -> None:
+    if array.shape[:3] != shape:
+      raise ValueError(f"array of shape {array.shape}; {what} is {shape}")
+
+
+def check_image(volume: RawVolume, geometry: Geometry) -> None:
+  """Raises CaseError if an image's voxels all have one (float32) value or its slices are less than two voxels wide."""
+  low, high = np.float32(volume.array.min()), np.float32(volume.array.max())
+  if low == high:
+    raise CaseError(f"is constant: every voxel is {low:g}")
+  slices, rows, columns = geometry.shape
+  if min(rows, columns) < 2:
+    raise CaseError(f"slices of {rows} x {columns} voxels ({slices} of them) are too small; see --axis")
+
+
+def check_pair(image: RawVolume, label: RawVolume) -> None:
+  """Raises CaseError unless image and label lie on one grid: equal shapes, corners within `AFFINE_TOLERANCE` voxels.
+
+  Whole affines are compared, and like with like: the sforms if both files carry one, else the qforms if both do. A
+  qform's float32 quaternion may place the corners of a slightly oblique volume a voxel away from the exact affine, the
+  same way in both files.
+  """
+  if image.array.shape != label.array.shape:
+    raise CaseError(f"image has shape {image.array.shape}, label {label.array.shape}")
+  image_affine, label_affine = _comparable_affines(image, label)
+  corners = np.stack(np.meshgrid(*([0, size - 1] for size in image.array.shape), [1], indexing="ij")).reshape(4, 8)
+  apart = np.abs(np.linalg.solve(image_affine, label_affine @ corners) - corners)[:3].max(axis=1)
+  if apart.max() > AFFINE_TOLERANCE:
+    raise CaseError(f"image and label lie apart: their affines differ by {_numbers(apart)} voxels along (x, y, z)")
+
+
+def _comparable_affines(image: RawVolume, label: RawVolume) -> tuple[np.ndarray, np.ndarray]:
+  sforms = [volume.header.get_sform(coded=True)[0] for volume in (image, label)]
+  qform_codes = [int(volume.header["qform_code"]) for volume in (image, label)]
+  if any(sform is None for sform in sforms) and all(code > 0 for code in qform_codes):
+    try:
+      return image.header.get_qform(), label.header.get_qform()
+    except (HeaderDataError, ValueError):
+      pass  # a damaged qform beside a good sform: compare what each file is used with
+  return image.affine, label.affine
+
+
+def checked_labels(array: np.ndarray, num_classes: int) -> np.ndarray:
+  """Checks a label volume and stores it as class ids.
+
+  Args:
+    array: (x, y, z) label values, of any real type; floats that hold integers are accepted.
+    num_classes: number of classes, background included; valid ids are 0 .. num_classes - 1.
+
+  Returns:
+    (x, y, z) uint8.
+
+  Raises:
+    CaseError: values that are no integers or no class ids; they are named with their numbers of voxels.
+  """
+  if array.dtype.kind == "f":
+    rounded = np.rint(array)
+    fractional = np.abs(array - rounded) > LABEL_TOLERANCE
+    if fractional.any():
+      raise CaseError(f"labels are not integers: {_value_counts(array[fractional])}; an image or probabilities?")
+    array = rounded
+  if array.min() < 0 or array.max() >= num_classes:
+    strange = array[(array < 0) | (array >= num_classes)]
+    raise CaseError(
+      f"labels outside the {num_classes} classes 0..{num_classes - 1}: {_value_counts(strange)}; "
+      "the wrong label set, or the wrong --num_classes or --class_names?"
+    )
+  return array.astype(np.uint8)
+
+
+def _value_counts(values: np.ndarray) -> str:
+  unique, counts = np.unique(values, return_counts=True)
+  listed = zip(unique[:_LISTED_VALUES], counts[:_LISTED_VALUES], strict=True)
+  text = ", ".join(f"{value:.10g} ({count} voxels)" for value, count in listed)
+  return text + (f" and {len(unique) - _LISTED_VALUES} more values" if len(unique) > _LISTED_VALUES else "")
+
+
+def apply_intensity(array: np.ndarray, intensity: Intensity) -> np.ndarray:
+  """Maps raw intensities to network inputs.
+
+  Args:
+    array: raw values of one whole volume, any shape and real type; not constant.
+    intensity: "window": clip to [low, high], then (x - low) / (high - low); "minmax": the same with the volume's own
+      extremes; "zscore": (x - mean) / deviation of the volume.
+
+  Returns:
+    A new float32 array of the same shape, C-contiguous.
+  """
+  output = array.astype(np.float32, order="C")
+  if intensity.kind == "zscore":
+    mean, deviation = float(array.mean(dtype=np.float64)), float(array.std(dtype=np.float64))
+    output -= np.float32(mean)
+    output /= np.float32(deviation)
+    return output
+  if intensity.kind == "window":
+    low, high = np.float32(intensity.low), np.float32(intensity.high)
+    np.clip(output, low, high, out=output)
+  elif intensity.kind == "minmax":
+    low, high = output.min(), output.max()
+  else:
+    raise ValueError(f"unknown kind of intensity {intensity.kind!r}; known: {', '.join(STORED_FORMATS)}")
+  output -= low
+  output /= high - low
+  return output
+
+
+def encode(network_input: np.ndarray, kind: str) -> tuple[np.ndarray, str, float]:
+  """Packs network inputs for storage.
+
+  Args:
+    network_input: float32, first axis slices; in [0, 1] for "window" and "minmax".
+    kind: the kind of intensity.
+
+  Returns:
+    (stored array of the same shape, its dtype's name, scale): stored * scale is the network input, to 1e-5 for "window"
+    and "minmax" and exactly for "zscore".
+  """
+  dtype, scale = STORED_FORMATS[kind]
+  if dtype == "float32":
+    return np.ascontiguousarray(network_input, np.float32), dtype, scale
+  stored = np.empty(network_input.shape, dtype)
+  for target, values in zip(stored, network_input, strict=True):  # by slices: no second float32 copy of the volume
+    target[...] = np.rint(values / np.float32(scale))
+  return stored, dtype, scale

@@ -1,0 +1,223 @@
+"""The manifest: the only thing that training and evaluation read about a prepared dataset.
+
+A prepared dataset is a folder:
+
+    manifest.json            written last, so that a folder without it was never completed
+    cases/<id>.image.npy     (slices, rows, columns, channels), stored values; times `scale` they are what networks see
+    cases/<id>.label.npy     (slices, rows, columns) uint8 class ids
+
+The arrays are slices of whole cases at native resolution, in the orientation named by the manifest, and are read
+through memory maps. This module imports NumPy only.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import zlib
+from typing import Any
+
+import numpy as np
+
+from selfreg_jax.errors import UserError
+
+FILE_NAME = "manifest.json"
+FORMAT = "selfreg_jax prepared dataset"
+FORMAT_VERSION = 1
+SPLITS = ("train", "val", "test")
+_CHUNK_BYTES = 1 << 24  # what `checksum` holds in memory at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Intensity:
+  """How raw intensities become network inputs.
+
+  Attributes:
+    kind: "window" (clip to [low, high], then to [0, 1]), "minmax" (of each volume, to [0, 1]) or "zscore" (of each
+      volume, to mean 0 and deviation 1).
+    low: lower end of the window in the file's units (HU for CT); None unless kind is "window".
+    high: upper end of the window.
+  """
+
+  kind: str
+  low: float | None = None
+  high: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One prepared case.
+
+  Attributes:
+    id: name of the case, unique in the dataset and usable as a file name.
+    image: the image array's file, relative to the dataset's folder.
+    label: the label array's file.
+    shape: (slices, rows, columns, channels) of the image array.
+    spacing: millimetres between voxel centres along (slice, row, column).
+    axcodes: where the indices along (slice, row, column) grow to, e.g. ("S", "R", "A").
+    affine: (4, 4) voxel (x, y, z) of the file as stored -> millimetres, as nested lists.
+    file_shape: (x, y, z) voxels of the file as stored.
+    header: the image file's NIfTI header as it stood (base64): class maps are written back under it.
+    sources: {"image": file, "label": file}, relative to the source folder where they lie below it.
+    checksums: {"image": crc32, "label": crc32} of the array files, as eight hexadecimal digits.
+    class_voxels: voxels of each class id, background included.
+    foreground_slices: indices of the slices that hold any class besides background.
+  """
+
+  id: str
+  image: str
+  label: str
+  shape: tuple[int, int, int, int]
+  spacing: tuple[float, float, float]
+  axcodes: tuple[str, str, str]
+  affine: tuple[tuple[float, ...], ...]
+  file_shape: tuple[int, int, int]
+  header: str
+  sources: dict[str, str]
+  checksums: dict[str, str]
+  class_voxels: tuple[int, ...]
+  foreground_slices: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+  """What is known about a prepared dataset.
+
+  Attributes:
+    dataset: the preparation that made it ("msd", "phantom", ...).
+    classes: class names by id; the first is the background.
+    channels: channels of every image.
+    intensity: how raw values were mapped.
+    dtype: of the image arrays: "uint16", "uint8" or "float32".
+    scale: stored value * scale = network input.
+    orientation: "ras" (nibabel's closest canonical) or "stored".
+    axis: the axis of the (x, y, z) array, after orientation, along which slices are cut.
+    splits: case ids by split name ("train", "val", "test"), each sorted.
+    cases: the cases by id.
+    source: where the raw files were read from.
+  """
+
+  dataset: str
+  classes: tuple[str, ...]
+  channels: int
+  intensity: Intensity
+  dtype: str
+  scale: float
+  orientation: str
+  axis: int
+  splits: dict[str, tuple[str, ...]]
+  cases: dict[str, Case]
+  source: str
+
+  @property
+  def num_classes(self) -> int:
+    """Number of classes, background included."""
+    return len(self.classes)
+
+  def split(self, name: str) -> list[Case]:
+    """The cases of a split, in the manifest's order."""
+    return [self.cases[case_id] for case_id in self.splits[name]]
+
+  def to_json(self) -> dict[str, Any]:
+    """The manifest as the JSON object that is written to disk."""
+    return {"format": FORMAT, "version": FORMAT_VERSION, **dataclasses.asdict(self)}
+
+  @classmethod
+  def from_json(cls, content: dict[str, Any]) -> "Manifest":
+    """The reverse of `to_json`; raises KeyError or TypeError on content that is not a manifest."""
+    fields = {key: value for key, value in content.items() if key not in ("format", "version")}
+    cases = {
+      case_id: Case(**{key: _as_tuples(value) for key, value in case.items()})
+      for case_id, case in fields.pop("cases").items()
+    }
+    splits = {name: tuple(ids) for name, ids in fields.pop("splits").items()}
+    classes = tuple(fields.pop("classes"))
+    return cls(classes=classes, intensity=Intensity(**fields.pop("intensity")), splits=splits, cases=cases, **fields)
+
+  def fingerprint(self) -> str:
+    """CRC-32 over all that decides what is trained on: two preparations with equal fingerprints are interchangeable."""
+    content = self.to_json()
+    del content["source"]
+    for case in content["cases"].values():
+      del case["sources"], case["header"]
+    return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
+
+
+def _as_tuples(value: Any) -> Any:
+  return tuple(_as_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def checksum(path: str | os.PathLike) -> str:
+  """CRC-32 of a file's bytes as eight hexadecimal digits, read in pieces."""
+  crc = 0
+  with open(path, "rb") as file:
+    while chunk := file.read(_CHUNK_BYTES):
+      crc = zlib.crc32(chunk, crc)
+  return f"{crc:08x}"
+
+
+def save(manifest: Manifest, directory: str | os.PathLike) -> None:
+  """Writes `manifest.json` under a temporary name and renames it: it exists whole or not at all."""
+  path = pathlib.Path(directory) / FILE_NAME
+  temporary = path.with_name(path.name + ".partial")
+  temporary.write_text(json.dumps(manifest.to_json(), indent=1) + "\n")
+  temporary.replace(path)
+
+
+def load(directory: str | os.PathLike, *, verify: bool = False) -> Manifest:
+  """Reads a prepared dataset's manifest and checks that every array it names is there and whole.
+
+  Args:
+    directory: the folder that `python -m selfreg_jax.data.prepare --output` wrote.
+    verify: also read every array file once and compare its CRC-32 (about a second per gigabyte).
+
+  Returns:
+    The manifest.
+
+  Raises:
+    UserError: the folder is no prepared dataset, or files are missing, cut short or changed; all of them are named.
+  """
+  directory = pathlib.Path(directory)
+  path = directory / FILE_NAME
+  if not path.is_file():
+    begun = any(directory.glob("cases*"))  # prepare stages the arrays in cases.partial
+    hint = "its preparation was never completed; run it again" if begun else "prepare it first"
+    raise UserError(
+      f"{directory}: no {FILE_NAME}; {hint} (python -m selfreg_jax.data.prepare --output={directory} ...)"
+    )
+  try:
+    content = json.loads(path.read_text())
+    if content["format"] != FORMAT or content["version"] != FORMAT_VERSION:
+      raise UserError(
+        f"{path}: format {content['format']!r} version {content['version']!r} is not what this version reads "
+        f"({FORMAT!r} version {FORMAT_VERSION}); prepare the dataset again"
+      )
+    manifest = Manifest.from_json(content)
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    raise UserError(f"{path}: not a manifest ({error}); prepare the dataset again") from error
+  faults = []
+  for case in manifest.cases.values():
+    faults += _faults(directory, manifest, case, verify)
+  if faults:
+    raise UserError(f"{directory}: {len(faults)} damaged file(s); prepare the dataset again:\n  " + "\n  ".join(faults))
+  return manifest
+
+
+def _faults(directory: pathlib.Path, manifest: Manifest, case: Case, verify: bool) -> list[str]:
+  faults = []
+  expected = {"image": (case.image, case.shape, manifest.dtype), "label": (case.label, case.shape[:3], "uint8")}
+  for kind, (name, shape, dtype) in expected.items():
+    path = directory / name
+    try:
+      array = np.load(path, mmap_mode="r")  # opening the map checks the file's length against its header
+    except FileNotFoundError:
+      faults.append(f"{name}: missing")
+      continue
+    except (OSError, ValueError, EOFError) as error:
+      faults.append(f"{name}: {error}")
+      continue
+    if array.shape != shape or array.dtype != dtype:
+      faults.append(f"{name}: holds {array.dtype}{array.shape}, the manifest says {dtype}{shape}")
+    elif verify and checksum(path) != case.checksums[kind]:
+      faults.append(f"{name}: checksum differs from the manifest's; the file has changed since it was prepared")
+  return faults

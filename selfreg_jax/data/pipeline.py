@@ -1,0 +1,177 @@
+"""Prepared slices to batches with Grain: shuffled from a seed, sharded by process, bytes only.
+
+The stream is a function of (dataset, seed, position): the batch of any step can be rebuilt at random access, so the
+position of a run in its data is nothing but its step.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from selfreg_jax.data.manifest import Case, Manifest
+from selfreg_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+
+class CaseArrays:
+  """Memory maps of a prepared dataset's arrays, opened on first use and kept open.
+
+  Attributes:
+    directory: the dataset's folder.
+  """
+
+  def __init__(self, directory: str | os.PathLike):
+    self.directory = pathlib.Path(directory)
+    self._maps: dict[str, np.ndarray] = {}
+
+  def __getstate__(self):
+    # Worker processes open their own maps: pickling one would send its bytes.
+    return {"directory": self.directory, "_maps": {}}
+
+  def image(self, case: Case) -> np.ndarray:
+    """(slices, rows, columns, channels) stored values."""
+    return self._map(case.image)
+
+  def label(self, case: Case) -> np.ndarray:
+    """(slices, rows, columns) uint8 class ids."""
+    return self._map(case.label)
+
+  def _map(self, name: str) -> np.ndarray:
+    if name not in self._maps:
+      self._maps[name] = np.load(self.directory / name, mmap_mode="r")
+    return self._maps[name]
+
+
+class SliceDataset:
+  """The slices of one split as records, numbered case by case.
+
+  Attributes:
+    manifest: of the prepared dataset.
+    shapes: the distinct native (rows, columns) of the split, sorted; a record carries its place in this list.
+  """
+
+  def __init__(self, directory: str | os.PathLike, manifest: Manifest, split: str = "train"):
+    cases = manifest.split(split)
+    if not cases:
+      raise UserError(f"{directory}: the {split} split is empty; prepare the dataset with cases in it")
+    self.manifest = manifest
+    self.shapes = sorted({case.shape[1:3] for case in cases})
+    self._arrays = CaseArrays(directory)
+    self._cases = cases
+    self._first = np.cumsum([0, *(case.shape[0] for case in cases)])
+    self._padded = tuple(max(shape[axis] for shape in self.shapes) for axis in (0, 1))
+
+  def __len__(self) -> int:
+    return int(self._first[-1])
+
+  def locate(self, record: int) -> tuple[Case, int]:
+    """The case and the slice index behind a record number."""
+    index = int(np.searchsorted(self._first, record, side="right")) - 1
+    return self._cases[index], int(record - self._first[index])
+
+  def foreground_records(self) -> np.ndarray:
+    """Numbers of the records that hold any class besides the background."""
+    return np.concatenate(
+      [first + np.asarray(case.foreground_slices, int) for first, case in zip(self._first, self._cases, strict=False)]
+    )
+
+  def read(self, position: int, record: int) -> Batch:
+    """One slice, padded with zeros to the split's largest size.
+
+    Args:
+      position: place in the endless stream of the run, the seed of the slice's augmentation.
+      record: number of the record.
+
+    Returns:
+      image (max_rows, max_columns, channels) stored dtype, label (max_rows, max_columns) uint8, size_index, position
+      and record as scalars.
+    """
+    case, slice_index = self.locate(record)
+    rows, columns = case.shape[1:3]
+    image = np.zeros((*self._padded, case.shape[3]), self.manifest.dtype)
+    label = np.zeros(self._padded, np.uint8)
+    image[:rows, :columns] = self._arrays.image(case)[slice_index]
+    label[:rows, :columns] = self._arrays.label(case)[slice_index]
+    return {
+      "image": image,
+      "label": label,
+      "size_index": np.int32(self.shapes.index((rows, columns))),
+      "position": np.uint32(position % 2**32),
+      "record": np.int32(record),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How the endless stream of training slices is drawn.
+
+  Attributes:
+    batch_size: slices of a global batch.
+    seed: of the shuffles.
+    foreground_fraction: share of positions that draw among slices with foreground only; 0 draws every slice once an
+      epoch.
+  """
+
+  batch_size: int
+  seed: int
+  foreground_fraction: float = 0.0
+
+
+def batches(
+  dataset: SliceDataset, sampling: Sampling, *, process_index: int = 0, process_count: int = 1
+) -> grain.MapDataset:
+  """The endless, random-access sequence of this process's part of every global batch.
+
+  Args:
+    dataset: slices to draw from.
+    sampling: how to draw.
+    process_index: this process.
+    process_count: processes that share each global batch; must divide the batch size.
+
+  Returns:
+    A `grain.MapDataset` whose element i is the local part of step i's batch: the stacked fields of `SliceDataset.read`.
+
+  Raises:
+    UserError: a batch size that the processes do not divide, or foreground sampling without foreground.
+  """
+  if sampling.batch_size % process_count:
+    raise UserError(
+      f"data.batch_size = {sampling.batch_size} cannot be divided among {process_count} processes; use a multiple"
+    )
+  records = grain.MapDataset.range(len(dataset)).seed(sampling.seed).shuffle().repeat()
+  if sampling.foreground_fraction > 0:
+    foreground = dataset.foreground_records()
+    if not len(foreground):
+      raise UserError("data.foreground_fraction > 0, but no training slice holds any class besides the background")
+    foreground_stream = grain.MapDataset.source(foreground).seed(sampling.seed + 1).shuffle().repeat()
+    streams = [(records, 1 - sampling.foreground_fraction), (foreground_stream, sampling.foreground_fraction)]
+    kept = [(stream, weight) for stream, weight in streams if weight > 0]
+    records = grain.MapDataset.mix([stream for stream, _ in kept], [weight for _, weight in kept])
+  slices = records.map_with_index(functools.partial(_read, dataset))
+  return slices[process_index::process_count].batch(sampling.batch_size // process_count)
+
+
+def _read(dataset: SliceDataset, position: int, record: int) -> Batch:
+  return dataset.read(position, int(record))
+
+
+def iterate(stream: grain.MapDataset, start_step: int, *, threads: int, prefetch: int) -> Iterator[Batch]:
+  """Reads a stream of batches ahead in threads, from a step on.
+
+  Args:
+    stream: from `batches`.
+    start_step: the first batch to give; that of a fresh run is 0.
+    threads: reading threads (NumPy releases the GIL while it copies from the maps); 0 reads in the caller's thread.
+    prefetch: batches to hold ready.
+
+  Returns:
+    An iterator over batches.
+  """
+  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch if threads else 0)
+  return iter(stream[start_step:].to_iter_dataset(options))

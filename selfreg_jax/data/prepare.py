@@ -1,0 +1,638 @@
+"""Turns raw medical images into a prepared dataset, once, checking everything that can be wrong with them.
+
+    python -m selfreg_jax.data.prepare --dataset=msd --source=Task09_Spleen --output=data/spleen --window -125 275
+    python -m selfreg_jax.data.prepare --dataset=phantom --output=data/phantom
+
+The arrays are written into a staging folder inside the output folder; when all cases have passed, it is renamed and the
+manifest is written last. Until then an older dataset in the same place stays as it is, and whatever stops the command
+leaves nothing that could be taken for a prepared dataset. NumPy, nibabel and rich only: no worker pays for JAX.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import io
+import math
+import multiprocessing
+import os
+import pathlib
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+
+import numpy as np
+import rich.console
+import rich.progress
+
+from selfreg_jax.data import cases, datasets, manifest
+from selfreg_jax.data.manifest import Case, Intensity, Manifest
+from selfreg_jax.errors import EXIT_FAULT, UserError, run_command
+
+CT_WINDOW = (-125.0, 275.0)  # HU; the authors' for Synapse
+DEFAULT_VAL_FRACTION = 0.2
+
+_ARRAYS = "cases"
+_STAGING = "cases.partial"
+_RAW_PHANTOMS = "raw"
+_ARRAY_ENDINGS = (".image.npy", ".label.npy")
+_ONE_SIDED = 0.99  # share of voxels at one end of the range from which the window or the units look wrong
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareOptions:
+  """What the command was asked for; the fields are its flags.
+
+  Attributes:
+    dataset: "msd" or "phantom".
+    output: folder of the prepared dataset.
+    source: folder of the raw files; for "phantom" where to write them (None: `output`/raw).
+    image_glob: pattern of the images relative to `source`; None: the layout of the Medical Segmentation Decathlon.
+    label_glob: pattern of the labels; goes with `image_glob`.
+    num_classes: number of classes, background included.
+    class_names: names of the foreground classes.
+    val_cases: ids or shell patterns of the validation cases; None: drawn.
+    test_cases: ids or shell patterns of test cases.
+    val_fraction: share of the training cases drawn for validation; None: 0.2.
+    test_fraction: share of the cases drawn for testing; None: 0.
+    splits: JSON file {"train": [ids], "val": [ids], "test": [ids]}, instead of the four above.
+    window: (low, high) in the file's units, mapped to [0, 1].
+    normalize: "minmax" or "zscore" instead of a window.
+    orientation: "ras" or "stored".
+    axis: axis, after orientation, along which slices are cut.
+    seed: of the drawn splits and of the phantoms.
+    workers: processes; None: one for each CPU that this process may use.
+    overwrite: replace the dataset that `output` holds.
+    phantom_train_cases: made-up cases to train on; None: 18.
+    phantom_test_cases: made-up test cases; None: 6.
+  """
+
+  dataset: str
+  output: str | os.PathLike
+  source: str | os.PathLike | None = None
+  image_glob: str | None = None
+  label_glob: str | None = None
+  num_classes: int | None = None
+  class_names: Sequence[str] | None = None
+  val_cases: Sequence[str] | None = None
+  test_cases: Sequence[str] | None = None
+  val_fraction: float | None = None
+  test_fraction: float | None = None
+  splits: str | os.PathLike | None = None
+  window: tuple[float, float] | None = None
+  normalize: str | None = None
+  orientation: str = "ras"
+  axis: int = 2
+  seed: int = 0
+  workers: int | None = None
+  overwrite: bool = False
+  phantom_train_cases: int | None = None
+  phantom_test_cases: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """One case to convert, with all that a worker process needs.
+
+  Attributes:
+    pair: the case's files.
+    source: folder to which file names in messages and in the manifest are relative.
+    staging: folder for the two arrays.
+    num_classes: number of classes, background included.
+    intensity: how raw values become network inputs.
+    orientation: "ras" or "stored".
+    axis: axis, after orientation, along which slices are cut.
+  """
+
+  pair: datasets.Pair
+  source: pathlib.Path
+  staging: pathlib.Path
+  num_classes: int
+  intensity: Intensity
+  orientation: str
+  axis: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """What became of a case: the case or its faults (a line each), and what is odd without being a fault."""
+
+  case: Case | None = None
+  faults: tuple[str, ...] = ()
+  warnings: tuple[str, ...] = ()
+
+
+def prepare(options: PrepareOptions) -> Manifest:
+  """Prepares a dataset: finds the cases, checks and converts them all, writes arrays and manifest.
+
+  Warnings and progress go to stderr.
+
+  Args:
+    options: what to do.
+
+  Returns:
+    The manifest, as it was written.
+
+  Raises:
+    UserError: options, source or output are unusable, the disk is full, or there are bad files: all of them are named,
+      a line each. The output folder then holds what it held before.
+  """
+  try:
+    intensity = _checked_intensity(options)
+    output = pathlib.Path(options.output)
+    _check_output(output, options)
+    output.mkdir(parents=True, exist_ok=True)
+    with _locked(output):
+      return _prepare_into(output, intensity, options)
+  except OSError as error:
+    raise UserError(_environment_fault(error, options)) from error
+
+
+def _prepare_into(output: pathlib.Path, intensity: Intensity, options: PrepareOptions) -> Manifest:
+  source = _write_phantoms(output, options) if options.dataset == "phantom" else pathlib.Path(options.source)
+  raw = _find(source, options)
+  splits = _splits(raw, options)
+  _check_space(output, raw.pairs, intensity)
+  staging = output / _STAGING
+  shutil.rmtree(staging, ignore_errors=True)  # what an interrupted run has left
+  staging.mkdir()
+  try:
+    jobs = [
+      Job(pair, source, staging, len(raw.classes), intensity, options.orientation, options.axis) for pair in raw.pairs
+    ]
+    outcomes = _convert_all(jobs, options.workers)
+    _raise_faults(source, [*raw.faults, *(fault for outcome in outcomes for fault in outcome.faults)])
+    dtype, scale = cases.STORED_FORMATS[intensity.kind]
+    made = Manifest(
+      dataset=options.dataset,
+      classes=raw.classes,
+      channels=1,
+      intensity=intensity,
+      dtype=dtype,
+      scale=scale,
+      orientation=options.orientation,
+      axis=options.axis,
+      splits=splits,
+      cases={outcome.case.id: outcome.case for outcome in sorted(outcomes, key=lambda outcome: outcome.case.id)},
+      source=str(source),
+    )
+    _install(made, output)
+  finally:
+    shutil.rmtree(staging, ignore_errors=True)
+  for warning in (*raw.notes, *(line for outcome in outcomes for line in outcome.warnings), *_odd(made)):
+    print(f"warning: {warning}", file=sys.stderr, flush=True)
+  return made
+
+
+def _install(made: Manifest, output: pathlib.Path) -> None:
+  """Puts the staged arrays in place. Between the first and the last line the folder counts as not prepared."""
+  (output / manifest.FILE_NAME).unlink(missing_ok=True)
+  if (output / _ARRAYS).exists():
+    shutil.rmtree(output / _ARRAYS)
+  (output / _STAGING).rename(output / _ARRAYS)
+  manifest.save(made, output)
+
+
+def _checked_intensity(options: PrepareOptions) -> Intensity:
+  """Checks the options that need no look at the disk; returns the intensity mapping that they ask for."""
+  if options.dataset not in datasets.DATASETS:
+    raise UserError(f"--dataset={options.dataset}: known are {', '.join(datasets.DATASETS)}")
+  phantom = options.dataset == "phantom"
+  strange = (
+    ("image_glob", "label_glob", "num_classes", "class_names")
+    if phantom
+    else ("phantom_train_cases", "phantom_test_cases")
+  )
+  if given := [f"--{name}" for name in strange if getattr(options, name) is not None]:
+    raise UserError(f"{', '.join(given)} cannot be used with --dataset={options.dataset}")
+  if options.source is None and not phantom:
+    raise UserError(f"--dataset={options.dataset} needs --source, the folder of the raw files")
+  if (options.image_glob is None) != (options.label_glob is None):
+    raise UserError("--image_glob and --label_glob go together; give both or none")
+  if options.orientation not in cases.ORIENTATIONS or options.axis not in range(3):
+    raise UserError(f"--orientation={options.orientation} --axis={options.axis}: it is ras or stored, and 0, 1 or 2")
+  if options.workers is not None and options.workers < 1:
+    raise UserError(f"--workers={options.workers}: at least one is needed")
+  _check_split_options(options)
+  return _intensity(options.window, options.normalize, CT_WINDOW if phantom else None)
+
+
+def _check_split_options(options: PrepareOptions) -> None:
+  names = ("val_cases", "test_cases", "val_fraction", "test_fraction")
+  given = [f"--{name}" for name in names if getattr(options, name) is not None]
+  if options.splits is not None and given:
+    raise UserError(f"--splits={options.splits} says it all; leave {', '.join(given)} out")
+  for split in ("val", "test"):
+    if {f"--{split}_cases", f"--{split}_fraction"} <= {*given}:
+      raise UserError(f"--{split}_cases and --{split}_fraction exclude each other")
+  for name in ("val_fraction", "test_fraction"):
+    if not 0 <= (getattr(options, name) or 0) < 1:
+      raise UserError(f"--{name}={getattr(options, name)}: a share from 0 to below 1 is needed")
+
+
+def _intensity(
+  window: tuple[float, float] | None, normalize: str | None, default_window: tuple[float, float] | None
+) -> Intensity:
+  if window is not None and normalize is not None:
+    raise UserError("--window and --normalize exclude each other")
+  if normalize is not None:
+    if normalize not in ("minmax", "zscore"):
+      raise UserError(f"--normalize={normalize}: it is minmax or zscore")
+    return Intensity(normalize)
+  window = window or default_window
+  if window is None:
+    raise UserError(
+      "how are intensities to be mapped? CT (HU): --window -125 275 for the abdomen; MR and other arbitrary units: "
+      "--normalize=zscore; --normalize=minmax keeps the whole range of each volume, outliers included"
+    )
+  low, high = float(window[0]), float(window[1])
+  if not (math.isfinite(low) and math.isfinite(high) and low < high):
+    raise UserError(f"--window {low:g} {high:g}: two finite numbers are needed, the lower one first")
+  return Intensity("window", low, high)
+
+
+def _check_output(output: pathlib.Path, options: PrepareOptions) -> None:
+  """Raises UserError if the output folder holds a complete dataset or anything that this command did not write."""
+  if not output.exists():
+    return
+  if not output.is_dir():
+    raise UserError(f"{output}: is a file; --output is a folder")
+  own = {manifest.FILE_NAME, manifest.FILE_NAME + ".partial", _ARRAYS, _STAGING}
+  if options.dataset == "phantom" and options.source is None:
+    own.add(_RAW_PHANTOMS)  # `_write_phantoms` looks into it
+  foreign = [path.name for path in output.iterdir() if path.name not in own and not path.name.startswith(".")]
+  for folder in (output / _ARRAYS, output / _STAGING):
+    entries = folder.iterdir() if folder.is_dir() else ()
+    foreign += [f"{folder.name}/{path.name}" for path in entries if not path.name.endswith(_ARRAY_ENDINGS)]
+  if foreign:
+    raise UserError(f"{output}: holds other files ({datasets.listed(sorted(foreign))}); give an empty or a new folder")
+  if (output / manifest.FILE_NAME).exists() and not options.overwrite:
+    raise UserError(f"{output}: holds a prepared dataset; --overwrite replaces it")
+
+
+@contextlib.contextmanager
+def _locked(output: pathlib.Path) -> Iterator[None]:
+  """Keeps a second preparation out of the folder. The lock dies with the process, however that ends."""
+  descriptor = os.open(output, os.O_RDONLY)
+  try:
+    try:
+      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise UserError(f"{output}: another preparation is writing there") from error
+    except OSError:
+      pass  # some network file systems cannot lock folders; the lock only guards against haste
+    yield
+  finally:
+    os.close(descriptor)
+
+
+def _environment_fault(error: OSError, options: PrepareOptions) -> str:
+  """What to say of a failing disk or of missing rights; single raw files have been dealt with in `cases`."""
+  if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    return f"{options.output}: the disk is full; nothing was prepared. Make room and run the same command again"
+  return f"{error.filename or options.output}: {error.strerror or error}; nothing was prepared"
+
+
+def _write_phantoms(output: pathlib.Path, options: PrepareOptions) -> pathlib.Path:
+  """Writes the raw files of made-up cases; returns their folder."""
+  from selfreg_jax.data import phantom  # imports SciPy, which workers do without
+
+  folder = pathlib.Path(options.source) if options.source is not None else output / _RAW_PHANTOMS
+  if folder.exists():
+    _remove_phantoms(folder)
+  print(f"writing made-up cases to {folder}", file=sys.stderr, flush=True)
+  phantom.write_msd(
+    folder,
+    train_cases=18 if options.phantom_train_cases is None else options.phantom_train_cases,
+    test_cases=6 if options.phantom_test_cases is None else options.phantom_test_cases,
+    seed=options.seed,
+  )
+  return folder
+
+
+def _remove_phantoms(folder: pathlib.Path) -> None:
+  """Removes an earlier run's made-up cases, whole or half-written, and refuses to touch anything else."""
+  files = [path for path in folder.rglob("*") if not path.is_dir()]
+  foreign = [
+    str(path) for path in files if not path.name.startswith("phantom_") and not path.name.startswith("dataset.json")
+  ]
+  description = folder / "dataset.json"
+  if description.is_file() and datasets.read_json(description).get("name") != "Phantom":
+    foreign.append(str(description))
+  if foreign:
+    raise UserError(f"{folder}: made-up cases are written there, and it holds other files ({datasets.listed(foreign)})")
+  shutil.rmtree(folder)
+
+
+def _find(source: pathlib.Path, options: PrepareOptions) -> datasets.RawDataset:
+  if not source.is_dir():
+    raise UserError(f"--source={source}: no such folder")
+  classes = datasets.requested_classes(options.class_names, options.num_classes)
+  if options.image_glob is not None:
+    return datasets.find_by_globs(source, options.image_glob, options.label_glob, classes)
+  return datasets.find_msd(source, classes)
+
+
+def _splits(raw: datasets.RawDataset, options: PrepareOptions) -> dict[str, tuple[str, ...]]:
+  if options.splits is not None:
+    return datasets.read_splits(pathlib.Path(options.splits), raw.ids)
+  return datasets.choose_splits(
+    raw.ids,
+    folder_test_ids=raw.test_ids,
+    val_cases=options.val_cases,
+    test_cases=options.test_cases,
+    val_fraction=DEFAULT_VAL_FRACTION if options.val_fraction is None else options.val_fraction,
+    test_fraction=options.test_fraction or 0.0,
+    seed=options.seed,
+  )
+
+
+def _check_space(output: pathlib.Path, pairs: Sequence[datasets.Pair], intensity: Intensity) -> None:
+  voxels = sum(math.prod(cases.peek_shape(pair.image) or ()) for pair in pairs)
+  needed = voxels * (np.dtype(cases.STORED_FORMATS[intensity.kind][0]).itemsize + 1)
+  free = shutil.disk_usage(output).free
+  if needed > free:
+    raise UserError(f"{output}: {_bytes(needed)} are needed and {_bytes(free)} are free on that disk")
+
+
+def _raise_faults(source: pathlib.Path, faults: Sequence[str]) -> None:
+  if faults:
+    raise UserError(f"{source}: {len(faults)} fault(s); nothing was prepared:\n  " + "\n  ".join(sorted(faults)))
+
+
+def convert_case(job: Job) -> Outcome:
+  """Reads, checks and writes one case; the work of one process.
+
+  Args:
+    job: the case.
+
+  Returns:
+    The case as it goes into the manifest, or its faults, an image's and a label's alike.
+
+  Raises:
+    OSError: the arrays cannot be written.
+  """
+  pair, faults = job.pair, []
+  image_name, label_name = (datasets.relative(path, job.source) for path in (pair.image, pair.label))
+  image = label = geometry = None
+  try:
+    image = cases.read_nifti(pair.image)
+    geometry = cases.Geometry(image.affine, image.array.shape, job.orientation, job.axis)
+    cases.check_image(image, geometry)
+  except cases.CaseError as error:
+    faults.append(f"{image_name}: {error}")
+  try:
+    label = cases.read_nifti(pair.label)
+    label = dataclasses.replace(label, array=cases.checked_labels(label.array, job.num_classes))
+  except cases.CaseError as error:
+    faults.append(f"{label_name}: {error}")
+  if faults:
+    return Outcome(faults=tuple(faults))
+  try:
+    cases.check_pair(image, label)
+  except cases.CaseError as error:
+    return Outcome(faults=(f"{image_name}, {label_name}: {error}",))
+  return _write_case(job, geometry, image, label)
+
+
+def _write_case(job: Job, geometry: cases.Geometry, image: cases.RawVolume, label: cases.RawVolume) -> Outcome:
+  case_id = job.pair.id
+  network_input = cases.apply_intensity(geometry.to_slices(image.array), job.intensity)
+  stored, dtype, _ = cases.encode(network_input, job.intensity.kind)
+  del network_input  # twice the size of what is stored
+  classes = np.ascontiguousarray(geometry.to_slices(label.array))
+  paths = {kind: job.staging / f"{case_id}.{kind}.npy" for kind in ("image", "label")}
+  _write_array(paths["image"], stored[..., np.newaxis])
+  _write_array(paths["label"], classes)
+  counts = sum(np.bincount(labels.ravel(), minlength=job.num_classes) for labels in classes)
+  case = Case(
+    id=case_id,
+    image=f"{_ARRAYS}/{paths['image'].name}",
+    label=f"{_ARRAYS}/{paths['label'].name}",
+    shape=(*geometry.shape, 1),
+    spacing=geometry.spacing,
+    axcodes=geometry.axcodes,
+    affine=tuple(tuple(row) for row in image.affine.tolist()),
+    file_shape=image.array.shape,
+    header=cases.pack_header(image.header),
+    sources={
+      "image": datasets.relative(job.pair.image, job.source),
+      "label": datasets.relative(job.pair.label, job.source),
+    },
+    checksums={kind: manifest.checksum(path) for kind, path in paths.items()},
+    class_voxels=tuple(counts.tolist()),
+    foreground_slices=tuple(np.flatnonzero(classes.any(axis=(1, 2))).tolist()),
+  )
+  return Outcome(case, warnings=_one_sided(stored, dtype, case.sources["image"]))
+
+
+def _one_sided(stored: np.ndarray, dtype: str, name: str) -> tuple[str, ...]:
+  if dtype != "uint16":
+    return ()
+  shares = {"lower": np.mean(stored == 0), "upper": np.mean(stored == np.iinfo(dtype).max)}
+  return tuple(
+    f"{name}: {share:.1%} of the voxels lie at or beyond the {end} end of the range; wrong window or wrong units?"
+    for end, share in shares.items()
+    if share > _ONE_SIDED
+  )
+
+
+def _write_array(path: pathlib.Path, array: np.ndarray) -> None:
+  """Writes a C-contiguous array as .npy. `numpy.save` would lose the error number of a full disk."""
+  header = io.BytesIO()
+  np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+  with path.open("wb") as file:
+    file.write(header.getbuffer())
+    file.write(array.data)
+
+
+def _convert_all(jobs: Sequence[Job], workers: int | None) -> list[Outcome]:
+  """Converts all cases, in this process (one worker) or in several; the outcomes are in no particular order."""
+  workers = min(workers or _cpus(), len(jobs))
+  with _progress(len(jobs)) as advance:
+    try:
+      if workers > 1:
+        return _convert_in_processes(jobs, workers, advance)
+      outcomes = []
+      for job in jobs:
+        outcomes.append(convert_case(job))
+        advance()
+      return outcomes
+    except (BrokenProcessPool, MemoryError) as error:
+      raise UserError(
+        f"a worker process died, probably out of memory; nothing was prepared. Use fewer than --workers={workers}"
+      ) from error
+
+
+def _convert_in_processes(jobs: Sequence[Job], workers: int, advance: Callable[[], None]) -> list[Outcome]:
+  executor = concurrent.futures.ProcessPoolExecutor(
+    workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
+  )
+  try:
+    outcomes = []
+    for future in concurrent.futures.as_completed([executor.submit(convert_case, job) for job in jobs]):
+      outcomes.append(future.result())
+      advance()
+    return outcomes
+  finally:
+    executor.shutdown(wait=True, cancel_futures=True)  # nobody may still be writing when the staging folder goes
+
+
+def _start_worker() -> None:
+  """Leaves Ctrl-C to the main process, and ends the worker if that is killed: it would wait for work for ever."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+  multiprocessing.parent_process().join()
+  os._exit(EXIT_FAULT)
+
+
+def _cpus() -> int:
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[], None]]:
+  """A bar on a terminal, else a line every few seconds; yields what to call after each case."""
+  console = rich.console.Console(stderr=True)
+  if console.is_terminal:
+    columns = (*rich.progress.Progress.get_default_columns(), rich.progress.MofNCompleteColumn())
+    with rich.progress.Progress(*columns, console=console) as bar:
+      task = bar.add_task("preparing", total=total)
+      yield lambda: bar.advance(task)
+    return
+  done, last_line = 0, time.monotonic()
+
+  def advance() -> None:
+    nonlocal done, last_line
+    done += 1
+    if time.monotonic() - last_line >= _SECONDS_BETWEEN_LINES:
+      last_line = time.monotonic()
+      print(f"prepared {done} of {total} cases", file=sys.stderr, flush=True)
+
+  yield advance
+
+
+def _odd(made: Manifest) -> list[str]:
+  """What is odd about the dataset as a whole, and what it will prevent."""
+  prevented = {
+    "train": "nothing can be trained on this dataset",
+    "val": "training cannot choose its best checkpoint and will take the last one",
+    "test": "there is nothing to evaluate on with --split=test",
+  }
+  odd = [f"the {name} split is empty: {what}" for name, what in prevented.items() if not made.splits[name]]
+  training = made.split("train")
+  absent = [
+    name for name, cases_with in zip(made.classes, _cases_with_classes(made, training), strict=True) if not cases_with
+  ]
+  if training and absent:
+    odd.append(f"no training case holds {', '.join(absent)}: networks will not learn to find that")
+  return odd
+
+
+def _cases_with_classes(made: Manifest, some_cases: Sequence[Case]) -> list[int]:
+  return [sum(case.class_voxels[class_id] > 0 for case in some_cases) for class_id in range(made.num_classes)]
+
+
+def summary(made: Manifest, output: str | os.PathLike) -> str:
+  """A prepared dataset in a few lines for reading, the next command included."""
+  all_cases = list(made.cases.values())
+  size = sum((pathlib.Path(output) / name).stat().st_size for case in all_cases for name in (case.image, case.label))
+  lines = [f"prepared {len(all_cases)} case(s) in {output} ({_bytes(size)})"]
+  for name in manifest.SPLITS:
+    split = made.split(name)
+    lines.append(f"  {name:<6}{len(split):>5} case(s) {sum(case.shape[0] for case in split):>7} slices")
+  lines += [
+    "  shape (slices, rows, columns)     " + _ranges([case.shape[:3] for case in all_cases]),
+    "  spacing in mm, likewise           " + _ranges([case.spacing for case in all_cases]),
+    "  slices, rows, columns run towards " + " or ".join(sorted({",".join(case.axcodes) for case in all_cases})),
+    f"  intensities                       {_describe(made.intensity)}, stored as {made.dtype}",
+    f"  {'class':<24}{'voxels':>10}   cases with it (train, val, test)",
+  ]
+  voxels = np.sum([case.class_voxels for case in all_cases], axis=0)
+  with_classes = [_cases_with_classes(made, made.split(name)) for name in manifest.SPLITS]
+  for class_id, name in enumerate(made.classes):
+    counts = ", ".join(str(split[class_id]) for split in with_classes)
+    lines.append(f"  {class_id:>3} {name:<20}{voxels[class_id] / voxels.sum():>10.3%}   {counts}")
+  lines.append(f"next: python train.py --config=configs/folder.py --config.data.dir={output} --workdir=runs/first")
+  return "\n".join(lines)
+
+
+def _describe(intensity: Intensity) -> str:
+  if intensity.kind == "window":
+    return f"window [{intensity.low:g}, {intensity.high:g}] -> [0, 1]"
+  return f"{intensity.kind} of each volume"
+
+
+def _ranges(triples: Sequence[Sequence[float]]) -> str:
+  lows, highs = np.min(triples, axis=0), np.max(triples, axis=0)
+  return " x ".join(
+    f"{low:g}" if low == high else f"{low:.4g}..{high:.4g}" for low, high in zip(lows, highs, strict=True)
+  )
+
+
+def _bytes(count: int) -> str:
+  for unit in ("bytes", "kB", "MB"):
+    if count < 1000:
+      return f"{count:.3g} {unit}"
+    count /= 1000
+  return f"{count:.3g} GB"
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> PrepareOptions:
+  """Reads the command line; argparse itself reports unknown flags and exits with code 2."""
+  description = __doc__.split("\n\n")[0]
+  parser = argparse.ArgumentParser(
+    prog="python -m selfreg_jax.data.prepare", description=description, allow_abbrev=False
+  )
+  add = parser.add_argument
+  add("--dataset", required=True, choices=datasets.DATASETS)
+  add("--source", help="folder of the raw files (phantom: where to write them, default OUTPUT/raw)")
+  add("--output", required=True, help="folder of the prepared dataset")
+  files = "relative to --source; the text that * matches is the case's id, and equal ids pair"
+  add("--image_glob", help=f"pattern of the images, {files}")
+  add("--label_glob", help=f"pattern of the labels, {files}")
+  add("--num_classes", type=int, help="number of classes, background included")
+  add("--class_names", type=_comma_list, help="a,b,c: names of classes 1, 2, 3; class 0 is the background")
+  add("--val_cases", type=_comma_list, help="ids or shell patterns, separated by commas")
+  add("--test_cases", type=_comma_list, help="ids or shell patterns, separated by commas")
+  add("--val_fraction", type=float, help=f"share of the training cases, default {DEFAULT_VAL_FRACTION}")
+  add("--test_fraction", type=float, help="share of the cases, default 0")
+  add("--splits", help='JSON file {"train": [ids], "val": [ids], "test": [ids]}')
+  add("--window", type=float, nargs=2, metavar=("LO", "HI"), help="clip to [LO, HI] (HU for CT), then to [0, 1]")
+  add("--normalize", choices=("minmax", "zscore"), help="of each volume")
+  add("--orientation", choices=cases.ORIENTATIONS, default="ras", help="turn to RAS+ (default) or leave as stored")
+  add("--axis", type=int, choices=range(3), default=2, help="cut slices along this axis, after orientation")
+  add("--seed", type=int, default=0, help="of drawn splits and phantoms")
+  add("--workers", type=int, help="processes, default one a CPU; memory grows with them")
+  add("--overwrite", action="store_true", help="replace the dataset in --output")
+  add("--phantom_train_cases", type=int, help="made-up cases to train on, default 18")
+  add("--phantom_test_cases", type=int, help="made-up test cases, default 6")
+  return PrepareOptions(**vars(parser.parse_args(arguments)))
+
+
+def _comma_list(text: str) -> tuple[str, ...]:
+  return tuple(item.strip() for item in text.split(",") if item.strip())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """The command; returns its exit code."""
+  options = parse_options(arguments)
+  try:
+    return run_command(lambda: print(summary(prepare(options), options.output), flush=True))
+  except KeyboardInterrupt:
+    print("interrupted: nothing was prepared; run the same command again", file=sys.stderr, flush=True)
+    return EXIT_FAULT
+
+
+if __name__ == "__main__":
+  sys.exit(main())

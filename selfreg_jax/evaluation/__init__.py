@@ -1,0 +1,1 @@
+"""Whole-volume inference, the two metric protocols, and the report."""

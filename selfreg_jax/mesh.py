@@ -1,0 +1,69 @@
+"""Devices, shardings and compiler options: one program for a laptop, several GPUs and many hosts.
+
+Data parallel under jit: batches are split over the mesh's only axis, everything else is replicated, and so every sum
+over the batch (losses, batch statistics) is global whatever the number of devices.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from selfreg_jax.errors import UserError
+
+BATCH_AXIS = "data"
+
+# XLA's default on CPU takes a slow path for the weight gradient of 3x3 convolutions.
+_CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
+
+
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A one-dimensional mesh over the given devices, or over all of them in all processes."""
+  devices = list(jax.devices() if devices is None else devices)
+  # Explicit axes, the default of jax.make_mesh, would ask ordinary array code for sharding annotations.
+  return Mesh(np.asarray(devices), (BATCH_AXIS,), axis_types=(AxisType.Auto,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The sharding of everything but batches: a copy on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def split_batch(mesh: Mesh) -> NamedSharding:
+  """The sharding of batches: the first axis split over the devices."""
+  return NamedSharding(mesh, PartitionSpec(BATCH_AXIS))
+
+
+def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+  """Raises UserError unless the devices divide the global batch; names the nearest sizes that they do."""
+  devices = mesh.size
+  if batch_size % devices:
+    lower, upper = batch_size // devices * devices, -(-batch_size // devices) * devices
+    nearest = f"{lower} or {upper}" if lower else f"{upper}"
+    raise UserError(f"config.data.batch_size = {batch_size} cannot be split over {devices} devices; use {nearest}")
+
+
+def place_batch(batch: Any, mesh: Mesh) -> Any:
+  """Puts this process's part of a global batch on its devices: a pytree of global arrays."""
+  sharding = split_batch(mesh)
+  return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), batch)
+
+
+@functools.cache
+def compiler_options(platform: str) -> dict[str, str]:
+  """Options for `jax.jit` that speed up training on this platform, as far as its compiler knows them."""
+  if platform != "cpu":
+    return {}
+  try:
+    jax.jit(lambda x: x + 1, compiler_options=_CPU_OPTIONS).lower(0.0).compile()
+  except Exception:  # the error's type for an unknown option differs between versions of jaxlib
+    return {}
+  return dict(_CPU_OPTIONS)
+
+
+def jit_for(mesh: Mesh, function: Callable[..., Any], **options: Any) -> Any:
+  """`jax.jit` with the compiler options that suit the mesh's devices."""
+  return jax.jit(function, compiler_options=compiler_options(mesh.devices.flat[0].platform), **options)

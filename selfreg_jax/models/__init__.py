@@ -1,0 +1,1 @@
+"""Networks of the paper in Flax Linen, and the way from PyTorch weights."""

@@ -1,0 +1,1 @@
+"""The training loop: `train_and_evaluate(config, workdir)` is all that `train.py` calls."""

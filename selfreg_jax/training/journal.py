@@ -1,0 +1,204 @@
+"""What a run tells: a live bar or plain lines, `train.log`, `metrics.jsonl`, TensorBoard events, curves and panels."""
+
+import contextlib
+import json
+import os
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tensorboardX
+from matplotlib.figure import Figure
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+METRICS_FILE = "metrics.jsonl"
+LOG_FILE = "train.log"
+CURVES_FILE = "curves.png"
+PANELS_FOLDER = "panels"
+_SECONDS_BETWEEN_SIGNS_OF_LIFE = 5
+
+
+class TensorBoardWriter:
+  """TensorBoard event files without TensorFlow, with the method names of clu's writers."""
+
+  def __init__(self, directory: str | os.PathLike, *, purge_step: int | None = None):
+    self._writer = tensorboardX.SummaryWriter(os.fspath(directory), purge_step=purge_step)
+
+  def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+    """Writes named numbers."""
+    for name, value in scalars.items():
+      self._writer.add_scalar(name.replace(" ", "_"), value, step)  # TensorBoard allows no spaces
+
+  def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+    """Writes named (H, W, 3) uint8 pictures."""
+    for name, image in images.items():
+      self._writer.add_image(name, image, step, dataformats="HWC")
+
+  def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+    """Writes the config as a table."""
+    rows = "\n".join(f"| {name} | {value} |" for name, value in hparams.items())
+    self._writer.add_text("config", f"| field | value |\n|---|---|\n{rows}", 0)
+
+  def flush(self) -> None:
+    """Writes out what is buffered."""
+    self._writer.flush()
+
+  def close(self) -> None:
+    """Flushes and closes the file."""
+    self._writer.close()
+
+
+class Journal:
+  """Everything that a training run writes for people, under one workdir.
+
+  Attributes:
+    console: where lines go: standard output.
+  """
+
+  def __init__(self, workdir: str | os.PathLike, *, start_step: int, steps: int):
+    self.workdir = pathlib.Path(workdir)
+    self.console = Console(highlight=False, soft_wrap=True)
+    self._steps = steps
+    self._log = (self.workdir / LOG_FILE).open("a")
+    _drop_lines_after(self.workdir / METRICS_FILE, start_step)
+    self._metrics = (self.workdir / METRICS_FILE).open("a")
+    self._board = TensorBoardWriter(self.workdir / "tensorboard", purge_step=start_step + 1 if start_step else None)
+    self._last_sign = time.monotonic()
+    self._progress = Progress(
+      TextColumn("{task.description}"),
+      BarColumn(),
+      MofNCompleteColumn(),
+      TimeElapsedColumn(),
+      TextColumn("left"),
+      TimeRemainingColumn(),
+      TextColumn("{task.fields[status]}"),
+      console=self.console,
+      transient=True,
+      disable=not self.console.is_terminal,
+    )
+    self._task = self._progress.add_task("training", total=steps, completed=start_step, status="")
+
+  def __enter__(self) -> "Journal":
+    self._progress.start()
+    return self
+
+  def __exit__(self, *exception) -> None:
+    self._progress.stop()
+    for stream in (self._log, self._metrics, self._board):
+      stream.close()
+
+  def say(self, text: str) -> None:
+    """A line on the screen and in `train.log`."""
+    self.console.print(text, markup=False)
+    self.note(text)
+    self._last_sign = time.monotonic()
+
+  def note(self, text: str) -> None:
+    """A line in `train.log` only."""
+    self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+    self._log.flush()
+
+  def advance(self, step: int) -> None:
+    """Moves the bar; where there is no terminal, a line every few seconds in which nothing else was said."""
+    self._progress.update(self._task, completed=step)
+    if not self.console.is_terminal and time.monotonic() - self._last_sign > _SECONDS_BETWEEN_SIGNS_OF_LIFE:
+      self.say(f"step {step}/{self._steps}")
+
+  @contextlib.contextmanager
+  def busy(self, what: str):
+    """Shows what the run is busy with besides training steps."""
+    self._progress.update(self._task, status=what)
+    yield
+    self._progress.update(self._task, status="")
+
+  def scalars(self, step: int, scalars: Mapping[str, float], line: str) -> None:
+    """Records named numbers of a step, and says them in a line."""
+    self._metrics.write(json.dumps({"step": step, **{name: _json(value) for name, value in scalars.items()}}) + "\n")
+    self._metrics.flush()
+    self._board.write_scalars(step, scalars)
+    self._board.flush()
+    self.say(line)
+
+  def panel(self, step: int, picture: np.ndarray) -> None:
+    """Writes an (H, W, 3) uint8 picture to `panels/` and to TensorBoard."""
+    folder = self.workdir / PANELS_FOLDER
+    folder.mkdir(exist_ok=True)
+    Image.fromarray(picture).save(folder / f"step_{step:07d}.png")
+    self._board.write_images(step, {"validation": picture})
+
+  def hparams(self, hparams: Mapping[str, Any]) -> None:
+    """Writes the config to TensorBoard."""
+    self._board.write_hparams(hparams)
+
+  def curves(self) -> pathlib.Path:
+    """Draws `curves.png` from `metrics.jsonl`: losses, regularization terms, learning rate, validation Dice."""
+    path = self.workdir / CURVES_FILE
+    lines = [json.loads(line) for line in (self.workdir / METRICS_FILE).read_text().splitlines()]
+    temporary = path.with_name("curves.partial.png")
+    draw_curves(lines).savefig(temporary, dpi=110)
+    temporary.replace(path)
+    return path
+
+
+def draw_curves(lines: list[dict[str, Any]]) -> Figure:
+  """Curves of a run.
+
+  Args:
+    lines: the objects of `metrics.jsonl`.
+
+  Returns:
+    A figure of four plots over the step.
+  """
+  plots = {
+    "loss": ["train/total", "train/ce", "train/dice"],
+    "self-regularization (unweighted)": ["train/scr", "train/ifd"],
+    "learning rate": ["train/learning_rate"],
+    "validation Dice": ["val/dice"],
+  }
+  classes = sorted({name for line in lines for name in line if name.startswith("val/dice/")})
+  figure = Figure(figsize=(11, 7), layout="constrained")
+  for axes, (title, names) in zip(figure.subplots(2, 2).flat, plots.items(), strict=True):
+    if title == "validation Dice":
+      for name in classes:
+        _plot(axes, lines, name, linewidth=0.8, alpha=0.6)
+    for name in names:
+      _plot(axes, lines, name, linewidth=1.8, color="black" if name == "val/dice" else None)
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("step", fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3)
+    if axes.get_lines():
+      axes.legend(fontsize=7)
+  return figure
+
+
+def _plot(axes: Any, lines: list[dict[str, Any]], name: str, **style: Any) -> None:
+  points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+  if points:
+    steps, values = zip(*points, strict=True)
+    label = name.split("/")[-1] if name != "val/dice" else "mean"
+    axes.plot(steps, values, marker="." if len(points) < 40 else None, label=label, **style)
+
+
+def _json(value: float) -> float | None:
+  return float(value) if np.isfinite(value) else None
+
+
+def _drop_lines_after(path: pathlib.Path, step: int) -> None:
+  """Forgets what an interrupted run recorded beyond its last checkpoint: those steps are taken again."""
+  if not path.exists():
+    return
+  kept = []
+  for line in path.read_text().splitlines():
+    try:
+      if json.loads(line)["step"] <= step:
+        kept.append(line + "\n")
+    except ValueError:  # the last line of a killed process may be cut
+      continue
+  temporary = path.with_name(path.name + ".partial")
+  temporary.write_text("".join(kept))
+  temporary.replace(path)

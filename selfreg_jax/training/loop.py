@@ -1,0 +1,360 @@
+"""The training loop: evaluate, save, take the next batch, step."""
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import json
+import math
+import os
+import pathlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from clu import parameter_overview
+from jax.sharding import Mesh
+
+from selfreg_jax import config as configs
+from selfreg_jax import mesh as meshes
+from selfreg_jax.data import augment, pipeline
+from selfreg_jax.data import manifest as manifests
+from selfreg_jax.data.manifest import Manifest
+from selfreg_jax.errors import UserError
+from selfreg_jax.evaluation import metrics as volume_metrics
+from selfreg_jax.evaluation import protocols, report
+from selfreg_jax.evaluation.inference import SlicePredictor, make_apply
+from selfreg_jax.evaluation.predictor import CONFIG_FILE, DATASET_FILE, DatasetInfo
+from selfreg_jax.models.factory import build_model
+from selfreg_jax.training import optimizer as optimizers
+from selfreg_jax.training.checkpoints import Checkpoints
+from selfreg_jax.training.journal import Journal
+from selfreg_jax.training.step import NO_STEP, Batch, TrainState, create_state, make_loss, make_train_step, named_key
+
+_PANEL_SLICES = 4
+_STEPS_IN_FLIGHT = 2
+
+
+class TrainingDivergedError(Exception):
+  """The loss or its gradient became NaN or infinite; the message says when, where and with which cases."""
+
+
+def train_and_evaluate(
+  config: ml_collections.ConfigDict,
+  workdir: str | os.PathLike,
+  *,
+  devices: Sequence[jax.Device] | None = None,
+  override: bool = False,
+) -> TrainState:
+  """Trains as a config says, or continues the run in a workdir.
+
+  Args:
+    config: see `selfreg_jax.config.base_config`.
+    workdir: where checkpoints, logs, curves and panels go; created if need be. One that holds a checkpoint is
+      continued, bit for bit as if it had never stopped (on CPU).
+    devices: to train on; None takes all.
+    override: continue although the config differs from the one the checkpoint was trained with.
+
+  Returns:
+    The state after the last step.
+
+  Raises:
+    UserError: the config, the data or the workdir cannot be used.
+    TrainingDivergedError: the loss became NaN or infinite.
+  """
+  # 1. Everything that can be wrong, before any compute.
+  configs.validate(config)
+  mesh = meshes.make_mesh(devices)
+  meshes.check_batch_size(config.data.batch_size, mesh)
+  manifest = manifests.load(config.data.dir, verify=config.data.verify)
+  dataset = pipeline.SliceDataset(config.data.dir, manifest)
+  sampling = pipeline.Sampling(config.data.batch_size, config.seed, config.data.foreground_fraction)
+  stream = pipeline.batches(dataset, sampling, process_index=jax.process_index(), process_count=jax.process_count())
+  steps_per_epoch = math.ceil(len(dataset) / config.data.batch_size)
+  steps = config.train.steps or config.train.epochs * steps_per_epoch
+
+  with open_workdir(workdir) as folder:
+    checkpoints = Checkpoints(folder)
+    start_step = checkpoints.latest_step() or 0
+    if start_step:
+      check_same_run(checkpoints, start_step, config, manifest, override=override)
+    write_run_files(folder, config, manifest)
+
+    # 2. Network, optimizer, state: initialized under jit, where they will live.
+    model = build_model(config.model, manifest.num_classes)
+    schedule = optimizers.make_schedule(config.optimizer, steps, steps_per_epoch)
+    optimizer = optimizers.make_optimizer(config.optimizer, schedule)
+    key = jax.random.key(config.seed)
+
+    def initial_state(key: jax.Array) -> TrainState:
+      images = jnp.zeros((1, config.data.image_size, config.data.image_size, manifest.channels))
+      variables = model.init(named_key(key, "init"), images, train=False)
+      return create_state(variables, optimizer, key)
+
+    # 3. A checkpoint, if there is one, instead of initial weights.
+    if start_step:
+      abstract = jax.eval_shape(initial_state, key)
+      sharded = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=meshes.replicated(mesh)), abstract
+      )
+      state = checkpoints.restore(start_step, sharded)
+    else:
+      state = jax.jit(initial_state, out_shardings=meshes.replicated(mesh))(key)
+
+    tables = jax.device_put(augment.ResizeTables.build(dataset.shapes, config.data.image_size), meshes.replicated(mesh))
+    input_fn = make_input_fn(config, manifest, tables)
+    train_step = meshes.jit_for(
+      mesh, make_train_step(model, make_loss(config.loss), optimizer, input_fn=input_fn), donate_argnums=0
+    )
+    validation = Validation(config, manifest, make_apply(model), mesh)
+
+    # 4. The loop.
+    with Journal(folder, start_step=start_step, steps=steps) as journal:
+      introduce(journal, state, config, manifest, mesh, steps, start_step)
+      batches = pipeline.iterate(stream, start_step, threads=config.data.threads, prefetch=config.data.prefetch)
+      meter = Meter(config.data.batch_size)
+      for step in range(start_step, steps):
+        batch = meshes.place_batch(next(batches), mesh)
+        if step == start_step:
+          train_step = compile_step(journal, train_step, state, batch)
+          meter.restart()
+        state, metrics = train_step(state, batch)
+        meter.add(metrics)
+        done = step + 1
+        journal.advance(done)
+        validated = done % config.train.validate_every == 0 or done == steps
+        if validated or done % config.train.log_every == 0:
+          record_training(journal, meter, state, done, schedule, functools.partial(_case_names, dataset, stream))
+        if validated:
+          with journal.busy("validating"):
+            val_dice = validation.run(journal, state, done)
+          checkpoints.save(state, config, dataset=manifest.fingerprint(), val_dice=val_dice)
+          meter.restart()
+      checkpoints.wait()
+      conclude(journal, checkpoints, steps, folder)
+    checkpoints.close()
+  return state
+
+
+def make_input_fn(config: ml_collections.ConfigDict, manifest: Manifest, tables: augment.ResizeTables):
+  """Augmentation and resize of a batch on the device, each slice keyed by its place in the run's stream.
+
+  Args:
+    config: of the run.
+    manifest: of the dataset.
+    tables: for the sizes of the training slices.
+
+  Returns:
+    Function of (key, stored batch) -> batch with "image" and "label" as the network sees them.
+  """
+  recipe = augment.Augmentation(**config.augment)
+
+  def input_fn(key: jax.Array, batch: Batch) -> Batch:
+    del key  # of the step: the position is unique over the whole run, and does not depend on the batch size
+    stream_key = named_key(jax.random.key(config.seed), "augment")
+    keys = jax.vmap(lambda position: jax.random.fold_in(stream_key, position))(batch["position"])
+    image, label = augment.augment(
+      keys, batch["image"], batch["label"], batch["size_index"], tables, scale=manifest.scale, augmentation=recipe
+    )
+    return {**batch, "image": image, "label": label}
+
+  return input_fn
+
+
+@contextlib.contextmanager
+def open_workdir(workdir: str | os.PathLike) -> Iterator[pathlib.Path]:
+  """Creates a workdir and holds it for this process: a second run in it would mix two histories.
+
+  The lock dies with the process, also after kill -9.
+
+  Args:
+    workdir: the folder.
+
+  Yields:
+    Its path.
+
+  Raises:
+    UserError: it cannot be written, or another run holds it.
+  """
+  folder = pathlib.Path(workdir)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / ".lock").open("w")
+  except OSError as error:
+    raise UserError(f"{folder}: cannot be used as a workdir ({error.strerror})") from error
+  with lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      raise UserError(f"{folder}: another run is using this workdir; give each run its own --workdir") from error
+    yield folder
+
+
+def check_same_run(
+  checkpoints: Checkpoints, step: int, config: ml_collections.ConfigDict, manifest: Manifest, *, override: bool
+) -> None:
+  """Refuses to continue a run with another config or other data, unless told to."""
+  problems = configs.differences(config, checkpoints.config(step))
+  if checkpoints.dataset(step) != manifest.fingerprint():
+    problems.append(f"the dataset in {config.data.dir} is not the one trained on so far (its fingerprint differs)")
+  if problems and not override:
+    raise UserError(
+      f"the workdir holds a run at step {step} that differs from this one (then -> now):\n  "
+      + "\n  ".join(problems)
+      + "\nGive another --workdir, or --override to continue it with the new settings."
+    )
+
+
+def write_run_files(folder: pathlib.Path, config: ml_collections.ConfigDict, manifest: Manifest) -> None:
+  """Writes what prediction needs besides the weights: `config.json` and `dataset.json`."""
+  contents = {CONFIG_FILE: configs.to_json(config), DATASET_FILE: dataclasses.asdict(DatasetInfo.of(manifest))}
+  for name, content in contents.items():
+    temporary = folder / f"{name}.partial"
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(folder / name)
+
+
+def introduce(
+  journal: Journal,
+  state: TrainState,
+  config: ml_collections.ConfigDict,
+  manifest: Manifest,
+  mesh: Mesh,
+  steps: int,
+  start_step: int,
+) -> None:
+  """Says what is about to be trained, on what."""
+  journal.note(parameter_overview.get_parameter_overview(state.params, include_stats=False))
+  journal.hparams(configs.flatten(config))
+  train, val = manifest.split("train"), manifest.split("val")
+  slices = sum(case.shape[0] for case in train)
+  kind = mesh.devices.flat[0].device_kind
+  journal.console.print(parameter_overview.get_parameter_overview(state.params, include_stats=False), markup=False)
+  journal.say(f"data     {config.data.dir}: {len(train)} training cases ({slices} slices), {len(val)} validation cases")
+  journal.say(f"devices  {mesh.size} x {kind}, computing in {config.model.dtype}")
+  journal.say(f"steps    {start_step} to {steps} in batches of {config.data.batch_size}")
+  if not val:
+    journal.say("warning  the validation split is empty: no best checkpoint can be chosen, the latest one will count")
+  if start_step:
+    journal.say(f"resumed  from the checkpoint of step {start_step}")
+
+
+def compile_step(journal: Journal, train_step: Any, state: TrainState, batch: Batch) -> Any:
+  """Compiles the step ahead of its first call, and says how long it takes: nothing else moves meanwhile."""
+  journal.say("compiling the training step ...")
+  start = time.monotonic()
+  compiled = train_step.lower(state, batch).compile()
+  journal.say(f"compiled in {time.monotonic() - start:.0f} s")
+  return compiled
+
+
+class Meter:
+  """Collects the metrics of steps on the device, and their pace, without reading anything back."""
+
+  def __init__(self, batch_size: int):
+    self._batch_size = batch_size
+    self.restart()
+
+  def restart(self) -> None:
+    """Forgets what was collected, and starts the clock."""
+    self._pending: list[dict[str, jax.Array]] = []
+    self._start = time.monotonic()
+
+  def add(self, metrics: dict[str, jax.Array]) -> None:
+    """Collects a step's metrics; waits (reading nothing) for an earlier step, so that the host cannot run away."""
+    self._pending.append(metrics)
+    if len(self._pending) > _STEPS_IN_FLIGHT:
+      jax.block_until_ready(self._pending[-1 - _STEPS_IN_FLIGHT])
+
+  def read(self) -> tuple[list[dict[str, float]], float]:
+    """Metrics of each step since the last reading, and slices per second; starts anew."""
+    steps = [{name: float(value) for name, value in step.items()} for step in jax.device_get(self._pending)]
+    pace = self._batch_size * len(steps) / (time.monotonic() - self._start)
+    self.restart()
+    return steps, pace
+
+
+def record_training(journal: Journal, meter: Meter, state: TrainState, step: int, schedule, case_names) -> None:
+  """Writes the mean metrics since the last record, or stops the run if one of these steps was not finite."""
+  steps, pace = meter.read()
+  failed = int(state.nonfinite_step)
+  if failed != NO_STEP:
+    terms = steps[failed - (step - len(steps))]
+    values = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
+    message = (
+      f"the loss or its gradient is not finite at step {failed}: {values}; cases of the batch: {case_names(failed)}"
+    )
+    journal.note(message)
+    raise TrainingDivergedError(message)
+  means = {f"train/{name}": float(np.mean([metrics[name] for metrics in steps])) for name in steps[0]}
+  means |= {"train/learning_rate": float(schedule(step - 1)), "train/slices_per_second": pace}
+  shown = ("total", "ce", "dice", "scr", "ifd", "grad_norm")
+  losses = "  ".join(f"{name} {means[f'train/{name}']:.4f}" for name in shown if f"train/{name}" in means)
+  rate = f"rate {means['train/learning_rate']:.2e}"
+  journal.scalars(step, means, f"step {step}  {losses}  {rate}  {pace:.1f} slices/s")
+
+
+def _case_names(dataset: pipeline.SliceDataset, stream: Any, step: int) -> str:
+  """The slices of a step's batch, rebuilt from its place in the stream."""
+  located = [dataset.locate(int(record)) for record in stream[step]["record"]]
+  return ", ".join(sorted({f"{case.id} slice {index}" for case, index in located}))
+
+
+class Validation:
+  """Whole validation cases through the network: sound-protocol Dice, curves, and a panel of slices."""
+
+  def __init__(self, config: ml_collections.ConfigDict, manifest: Manifest, apply: Any, mesh: Mesh):
+    self._manifest = manifest
+    self._cases = manifest.split("val")
+    self._arrays = pipeline.CaseArrays(config.data.dir)
+    self._apply = apply
+    self._predictor = SlicePredictor(config.data.image_size, config.eval.batch_size, mesh)
+
+  def run(self, journal: Journal, state: TrainState, step: int) -> float | None:
+    """Validates and records; returns the mean foreground Dice, or None where nothing can be scored."""
+    if not self._cases:
+      journal.curves()
+      return None
+    start = time.monotonic()
+    predict_fn = functools.partial(self._apply, {"params": state.params, "batch_stats": state.batch_stats})
+    per_case, pictures = [], []
+    for index, case in enumerate(self._cases):
+      image, truth = self._arrays.image(case), self._arrays.label(case)
+      prediction = self._predictor.classes(predict_fn, image, scale=self._manifest.scale)
+      confusion = volume_metrics.confusion_matrix(prediction, truth, num_classes=self._manifest.num_classes)
+      per_case.append(protocols.dice_per_class(confusion))
+      pictures += list(self._choose(index, case, image, truth, prediction))
+    mean = protocols.mean_foreground_dice(per_case)
+    scalars = {"val/dice": mean}
+    for name, values in zip(self._manifest.classes[1:], np.transpose(per_case), strict=True):
+      scored = values[~np.isnan(values)]
+      if len(scored):
+        scalars[f"val/dice/{name}"] = float(scored.mean())
+    line = f"step {step}  validation Dice {mean:.4f} on {len(per_case)} cases in {time.monotonic() - start:.1f} s"
+    journal.scalars(step, scalars, line)
+    journal.panel(step, report.overlay_panel(*zip(*pictures, strict=True), class_names=self._manifest.classes))
+    journal.curves()
+    return None if np.isnan(mean) else mean
+
+  def _choose(self, index, case, image, truth, prediction) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Slices of a case for the panel: evenly spaced among those with foreground, the same at every validation."""
+    shares = [len(part) for part in np.array_split(range(_PANEL_SLICES), len(self._cases))]
+    candidates = case.foreground_slices or range(case.shape[0])
+    places = np.linspace(0, len(candidates) - 1, shares[index] + 2)[1:-1]
+    for slice_index in (candidates[round(place)] for place in places):
+      arrays = (image[slice_index] * np.float32(self._manifest.scale), truth[slice_index], prediction[slice_index])
+      yield tuple(report.radiological(array, case.axcodes) for array in arrays)
+
+
+def conclude(journal: Journal, checkpoints: Checkpoints, steps: int, folder: pathlib.Path) -> None:
+  """Says what came out and what to do with it."""
+  best = checkpoints.best_step()
+  metric = checkpoints.metric(best)
+  score = "not validated" if metric is None else f"validation Dice {metric:.4f}"
+  journal.say(f"finished {steps} steps; best checkpoint: step {best}, {score}")
+  journal.say(f"curves   {folder / 'curves.png'}")
+  journal.say(f"next     python eval.py --workdir={folder}")

@@ -1,0 +1,133 @@
+import os
+
+# Set before JAX starts: eight virtual devices let sharded code be compared with the same code on one device.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import pathlib
+import zlib
+
+import jax
+import nibabel as nib
+import numpy as np
+import pytest
+
+from selfreg_jax.config import base_config
+from selfreg_jax.data.prepare import PrepareOptions, prepare
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden():
+  """Loads a file of reference outputs (see golden/README.md) as a dict of arrays."""
+
+  def load(name):
+    with np.load(GOLDEN / f"{name}.npz") as arrays:
+      return dict(arrays)
+
+  return load
+
+
+def rule_weight(name, shape):
+  """The weight that golden/README.md's rule gives to a PyTorch parameter; float32 throughout."""
+  if name.endswith("num_batches_tracked"):
+    return np.asarray(0)
+  z = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
+  if name.endswith("running_var"):
+    return 1 + np.float32(0.1) * np.abs(z)
+  if name.endswith("running_mean"):
+    return np.float32(0.1) * z
+  if len(shape) >= 2:
+    return z * np.float32(np.sqrt(1 / np.prod(shape[1:])))
+  return 1 + np.float32(0.1) * z if name.endswith("weight") else np.float32(0.02) * z
+
+
+def unet_state_dict(num_classes, *, channels=1, upsample="bilinear", prefix=""):
+  """PyTorch-named rule weights of the authors' UNet, written down independently of the converter's table."""
+  shapes = {}
+
+  def block(name, inputs, middle, outputs):
+    for index, (i, o) in ((0, (inputs, middle)), (3, (middle, outputs))):
+      shapes[f"{name}.double_conv.{index}.weight"] = (o, i, 3, 3)
+      for leaf in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+        shapes[f"{name}.double_conv.{index + 1}.{leaf}"] = () if leaf == "num_batches_tracked" else (o,)
+
+  bilinear = upsample == "bilinear"
+  deepest = 512 if bilinear else 1024
+  block("inc", channels, 64, 64)
+  for i, (a, b) in enumerate([(64, 128), (128, 256), (256, 512), (512, deepest)], 1):
+    block(f"down{i}.maxpool_conv.1", a, b, b)
+  outputs = (256, 128, 64, 64) if bilinear else (512, 256, 128, 64)
+  for i, (a, b) in enumerate(zip((1024, 512, 256, 128), outputs, strict=True), 1):
+    block(f"up{i}.conv", a, a // 2 if bilinear else b, b)
+    if not bilinear:
+      shapes[f"up{i}.up.weight"] = (a, a // 2, 2, 2)
+      shapes[f"up{i}.up.bias"] = (a // 2,)
+  shapes["outc.conv.weight"] = (num_classes, 64, 1, 1)
+  shapes["outc.conv.bias"] = (num_classes,)
+  return {prefix + name: rule_weight(name, shape) for name, shape in shapes.items()}
+
+
+def nhwc(array):
+  return np.moveaxis(array, 1, -1)
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+  """A small prepared dataset with two native sizes and three classes, learnable in a few steps.
+
+  Bright discs (class 1) and dark squares (class 2) on noise; 4 training cases, 2 validation, 2 test cases.
+  """
+  source = tmp_path_factory.mktemp("raw")
+  rng = np.random.default_rng(0)
+  for number in range(8):
+    shape = (36, 30, 5) if number % 2 else (32, 40, 4)
+    x, y, _ = np.meshgrid(*(np.arange(n) for n in shape), indexing="ij")
+    center = rng.uniform(10, 22, 2)
+    label = ((x - center[0]) ** 2 + (y - center[1]) ** 2 < 36).astype(np.uint8)
+    label[2:8, 2:8] = 2
+    image = rng.normal(0, 20, shape) + 120 * (label == 1) - 90 * (label == 2)
+    affine = np.diag([2.0, 2.0, 5.0, 1.0]) if number % 2 else np.diag([-2.0, 1.5, 4.0, 1.0])
+    nib.save(nib.Nifti1Image(image.astype(np.int16), affine), source / f"image_{number}.nii.gz")
+    nib.save(nib.Nifti1Image(label, affine), source / f"label_{number}.nii.gz")
+  output = tmp_path_factory.mktemp("prepared") / "shapes"
+  prepare(
+    PrepareOptions(
+      dataset="msd",
+      source=source,
+      output=output,
+      image_glob="image_*.nii.gz",
+      label_glob="label_*.nii.gz",
+      class_names=("disc", "square"),
+      val_cases=("4", "5"),
+      test_cases=("6", "7"),
+      window=(-200.0, 200.0),
+      workers=1,
+    )
+  )
+  return output
+
+
+def make_small_config(prepared):
+  """A config that trains on `prepared` in seconds."""
+  config = base_config()
+  config.data.dir = str(prepared)
+  config.data.batch_size = 4
+  config.data.image_size = 32
+  config.data.threads = 1
+  config.model.widths = (4, 6, 8)
+  config.optimizer.name = "adamw"
+  config.optimizer.learning_rate = 1e-2
+  config.train.steps = 6
+  config.train.validate_every = 3
+  config.train.log_every = 2
+  config.eval.batch_size = 4
+  return config
+
+
+@pytest.fixture
+def small_config(prepared):
+  return make_small_config(prepared)

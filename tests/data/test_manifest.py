@@ -1,0 +1,150 @@
+"""The contract on disk: what is saved comes back, and nothing damaged or unfinished is taken for a dataset."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from selfreg_jax.data import manifest
+from selfreg_jax.errors import UserError
+
+
+@pytest.fixture
+def dataset(tmp_path):
+  """A prepared dataset of one case, written by hand."""
+  (tmp_path / "cases").mkdir()
+  image = np.arange(2 * 3 * 4, dtype=np.uint16).reshape(2, 3, 4, 1)
+  label = (image[..., 0] > 20).astype(np.uint8)
+  np.save(tmp_path / "cases/a.image.npy", image)
+  np.save(tmp_path / "cases/a.label.npy", label)
+  case = manifest.Case(
+    id="a",
+    image="cases/a.image.npy",
+    label="cases/a.label.npy",
+    shape=(2, 3, 4, 1),
+    spacing=(5.0, 0.1, 1 / 3),
+    axcodes=("S", "R", "A"),
+    affine=tuple(tuple(row) for row in np.eye(4).tolist()),
+    file_shape=(3, 4, 2),
+    header="",
+    sources={"image": "a.nii.gz", "label": "a_seg.nii.gz"},
+    checksums={kind: manifest.checksum(tmp_path / f"cases/a.{kind}.npy") for kind in ("image", "label")},
+    class_voxels=(21, 3),
+    foreground_slices=(1,),
+  )
+  made = manifest.Manifest(
+    dataset="msd",
+    classes=("background", "liver"),
+    channels=1,
+    intensity=manifest.Intensity("window", -125.0, 275.0),
+    dtype="uint16",
+    scale=1 / 65535,
+    orientation="ras",
+    axis=2,
+    splits={"train": ("a",), "val": (), "test": ()},
+    cases={"a": case},
+    source="/somewhere",
+  )
+  manifest.save(made, tmp_path)
+  return tmp_path, made
+
+
+def test_what_is_saved_comes_back_equal(dataset):
+  directory, made = dataset
+  loaded = manifest.load(directory, verify=True)
+  assert loaded == made
+  assert loaded.fingerprint() == made.fingerprint()
+  assert loaded.num_classes == 2
+  assert loaded.split("train") == [made.cases["a"]]
+  assert loaded.split("test") == []
+  assert not list(directory.glob("*.partial"))
+
+
+def test_fingerprint_is_of_the_data_and_not_of_where_they_came_from(dataset):
+  _, made = dataset
+  elsewhere = dataclasses.replace(made, source="/elsewhere")
+  assert elsewhere.fingerprint() == made.fingerprint()
+  for change in (
+    {"axis": 1},
+    {"classes": ("background", "lever")},
+    {"splits": {"train": (), "val": ("a",), "test": ()}},
+  ):
+    assert dataclasses.replace(made, **change).fingerprint() != made.fingerprint()
+
+
+def test_checksum_is_that_of_the_whole_file(tmp_path, monkeypatch):
+  path = tmp_path / "file"
+  path.write_bytes(b"123456789")
+  assert manifest.checksum(path) == "cbf43926"  # the check value of CRC-32
+  monkeypatch.setattr(manifest, "_CHUNK_BYTES", 2)
+  assert manifest.checksum(path) == "cbf43926"
+
+
+def test_a_folder_without_manifest_is_no_dataset(dataset, tmp_path_factory):
+  directory, _ = dataset
+  (directory / "manifest.json").unlink()
+  with pytest.raises(UserError, match="never completed"):
+    manifest.load(directory)
+  (directory / "cases").rename(directory / "cases.partial")
+  with pytest.raises(UserError, match="never completed"):
+    manifest.load(directory)
+  with pytest.raises(UserError, match="prepare it first"):
+    manifest.load(tmp_path_factory.mktemp("empty"))
+
+
+@pytest.mark.parametrize(
+  "content",
+  [
+    "",
+    "{",
+    "[]",
+    "3",
+    "{}",
+    '{"format": "selfreg_jax prepared dataset", "version": 1}',
+    '{"format": "selfreg_jax prepared dataset", "version": 1, "classes": [], "splits": [], "cases": []}',
+  ],
+)
+def test_other_json_is_not_a_manifest(dataset, content):
+  directory, _ = dataset
+  (directory / "manifest.json").write_text(content)
+  with pytest.raises(UserError, match="not a manifest"):
+    manifest.load(directory)
+
+
+def test_another_version_is_refused(dataset):
+  directory, made = dataset
+  (directory / "manifest.json").write_text(json.dumps({**made.to_json(), "version": 2}))
+  with pytest.raises(UserError, match="version 2"):
+    manifest.load(directory)
+
+
+def test_all_damaged_arrays_are_named(dataset):
+  directory, _ = dataset
+  image = directory / "cases/a.image.npy"
+  image.write_bytes(image.read_bytes()[:-1])
+  (directory / "cases/a.label.npy").unlink()
+  with pytest.raises(UserError, match="2 damaged") as caught:
+    manifest.load(directory)
+  assert "a.image.npy" in str(caught.value)
+  assert "a.label.npy: missing" in str(caught.value)
+
+
+def test_arrays_of_another_shape_or_type_are_refused(dataset):
+  directory, _ = dataset
+  np.save(directory / "cases/a.label.npy", np.zeros((2, 4, 3), np.uint8))
+  np.save(directory / "cases/a.image.npy", np.zeros((2, 3, 4, 1), np.float32))
+  with pytest.raises(UserError, match=r"uint8\(2, 4, 3\)") as caught:
+    manifest.load(directory)
+  assert "float32" in str(caught.value)
+
+
+def test_changed_bytes_are_found_when_verifying(dataset):
+  directory, _ = dataset
+  image = directory / "cases/a.image.npy"
+  content = bytearray(image.read_bytes())
+  content[-1] ^= 1
+  image.write_bytes(content)
+  manifest.load(directory)
+  with pytest.raises(UserError, match="checksum differs"):
+    manifest.load(directory, verify=True)

@@ -1,0 +1,140 @@
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import selfreg_jax as sr
+from selfreg_jax.models.unet import upsample_bilinear
+from tests.conftest import nhwc, unet_state_dict
+
+
+def subsample(feature_map, channel_step, step):
+  return np.moveaxis(np.asarray(feature_map), -1, 1)[:, ::channel_step, ::step, ::step]
+
+
+def test_bilinear_unet_equals_the_authors(golden):
+  arrays = golden("unet_bilinear")
+  model = sr.UNet(num_classes=9)
+  variables = sr.from_pytorch(unet_state_dict(9), model, image_size=64)
+  images = nhwc(arrays["image"])
+  logits = jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, images)
+  np.testing.assert_allclose(logits, nhwc(arrays["logits_eval"]), atol=1e-5)
+
+  @jax.jit
+  def train_pass(variables, images):
+    return model.apply(variables, images, train=True, mutable=["batch_stats", "features"])
+
+  logits, updated = train_pass(variables, images)
+  np.testing.assert_allclose(logits, nhwc(arrays["logits_train"]), atol=2e-4)
+  features = sr.Features.from_sown(updated["features"])
+  for side, stages in (("enc", features.encoder), ("dec", features.decoder)):
+    for i, (stage,) in enumerate(stages, 1):
+      batch, height, width, channels = stage.shape
+      assert (batch, channels, height, width) == tuple(arrays[f"{side}{i}_shape"])
+      np.testing.assert_allclose(subsample(stage, 16, 2), arrays[f"{side}{i}"], atol=2e-4)
+  assert len(features.encoder) == 4
+  assert len(features.decoder) == 3
+  np.testing.assert_allclose(subsample(features.final, 8, 4), arrays["final"], atol=2e-4)
+
+  before, after = variables["batch_stats"], updated["batch_stats"]
+  np.testing.assert_allclose(after["stem"]["norm1"]["mean"], arrays["after/inc.double_conv.1.running_mean"], atol=1e-6)
+  np.testing.assert_allclose(
+    after["up4"]["block"]["norm1"]["mean"], arrays["after/up4.conv.double_conv.1.running_mean"], atol=1e-5
+  )
+  for path, name, pixels in (
+    (("stem", "norm1"), "inc.double_conv.1", 2 * 64 * 64),
+    (("down4", "norm2"), "down4.maxpool_conv.1.double_conv.4", 2 * 4 * 4),
+  ):
+    old, new = (tree[path[0]][path[1]]["var"] for tree in (before, after))
+    unbiased = old * 0.9 + (new - 0.9 * old) * pixels / (pixels - 1)  # PyTorch's running variance
+    np.testing.assert_allclose(unbiased, arrays[f"after/{name}.running_var"], rtol=1e-5)
+
+
+def test_transposed_unet_equals_the_authors_at_odd_sizes(golden):
+  arrays = golden("unet_transpose")
+  model = sr.UNet(num_classes=4, upsample="transpose")
+  variables = sr.from_pytorch(unet_state_dict(4, upsample="transpose", prefix="module."), model, image_size=64)
+  logits = jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, nhwc(arrays["image"]))
+  np.testing.assert_allclose(logits, nhwc(arrays["logits_eval"]), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 4)])
+def test_bilinear_upsampling_interpolates_with_aligned_corners(size):
+  x = np.random.default_rng(0).standard_normal((2, *size, 3))
+  expected = x
+  for axis in (1, 2):
+    n = expected.shape[axis]
+    positions = np.linspace(0, n - 1, 2 * n)
+    expected = np.apply_along_axis(lambda line, p=positions: np.interp(p, np.arange(len(line)), line), axis, expected)
+  np.testing.assert_allclose(upsample_bilinear(jnp.asarray(x, jnp.float32)), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("upsample", ["bilinear", "transpose"])
+@pytest.mark.parametrize("size", [64, 96])
+def test_gradients_of_the_whole_network_equal_float64(size, upsample):
+  """At 96 pixels XLA's CPU backend gives wrong gradients for some ways to write max pooling."""
+
+  def gradient(dtype):
+    # Inputs are drawn in float32 in both runs, so that the two see the same numbers.
+    model = sr.UNet(num_classes=3, widths=(4, 6, 8, 8), upsample=upsample, dtype=dtype, param_dtype=dtype)
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.standard_normal((2, size, size, 1)), dtype)
+    labels = jnp.asarray(rng.integers(0, 3, (2, size, size)))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=True))
+    flat = flax.traverse_util.flatten_dict(shapes)
+    variables = flax.traverse_util.unflatten_dict(
+      {path: jnp.asarray(rng.standard_normal(leaf.shape) * 0.3, dtype) for path, leaf in flat.items()}
+    )
+
+    @jax.jit
+    @jax.grad
+    def loss(params):
+      logits, _ = model.apply({**variables, "params": params}, images, train=True, mutable=["batch_stats"])
+      return sr.cross_entropy(logits, labels)
+
+    return jax.tree.map(np.asarray, loss(variables["params"]))
+
+  single = gradient(jnp.float32)
+  with jax.enable_x64(True):
+    double = gradient(jnp.float64)
+  norm = np.sqrt(sum(np.sum(leaf**2) for leaf in jax.tree.leaves(double)))
+  difference = jax.tree.map(lambda a, b: np.sum((a - b) ** 2), single, double)
+  assert norm > 0
+  assert np.sqrt(sum(jax.tree.leaves(difference))) < 2e-3 * norm
+
+
+def test_bfloat16_computes_in_bfloat16_and_gives_float32_logits():
+  model = sr.UNet(num_classes=2, widths=(4, 4, 4), dtype=jnp.bfloat16)
+  images = jax.random.normal(jax.random.key(0), (1, 16, 16, 1))
+  variables = model.init(jax.random.key(1), images, train=False)
+  assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+  logits, updated = model.apply(variables, images, train=False, mutable=["features"])
+  assert logits.dtype == jnp.float32
+  assert sr.Features.from_sown(updated["features"]).final.dtype == jnp.bfloat16
+  exact = sr.UNet(num_classes=2, widths=(4, 4, 4)).apply(variables, images, train=False)
+  np.testing.assert_allclose(logits, exact, atol=0.05)
+
+
+def test_parameters_number_as_the_authors():
+  shapes = jax.eval_shape(
+    lambda: sr.UNet(num_classes=9).init(jax.random.key(0), jnp.zeros((1, 32, 32, 1)), train=False)
+  )
+  expected = sum(
+    array.size for name, array in unet_state_dict(9).items() if "running" not in name and "tracked" not in name
+  )
+  assert sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])) == expected
+
+
+@pytest.mark.parametrize(
+  ("model", "shape", "message"),
+  [
+    (sr.UNet(num_classes=2), (1, 8, 64, 1), "too small"),
+    (sr.UNet(num_classes=2), (64, 64, 1), "B, H, W"),
+    (sr.UNet(num_classes=2, upsample="nearest"), (1, 64, 64, 1), "bilinear"),
+    (sr.UNet(num_classes=2, widths=(4, 4)), (1, 64, 64, 1), "widths"),
+  ],
+)
+def test_bad_arguments_are_refused(model, shape, message):
+  with pytest.raises(ValueError, match=message):
+    jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros(shape), train=False))

@@ -1,0 +1,195 @@
+import json
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from selfreg_jax.data import manifest as manifests
+from selfreg_jax.errors import UserError
+from selfreg_jax.training import loop
+from selfreg_jax.training.checkpoints import Checkpoints
+from tests.conftest import make_small_config
+
+
+def train(config, workdir, **options):
+  return loop.train_and_evaluate(config, workdir, devices=jax.devices()[:1], **options)
+
+
+def trees_equal(ours, theirs):
+  return jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), ours, theirs))
+
+
+def variables_of(state):
+  return jax.tree.map(np.asarray, (state.params, state.batch_stats, state.opt_state, state.step))
+
+
+@pytest.fixture(scope="module")
+def whole_run(prepared, tmp_path_factory):
+  """An uninterrupted run of the small config, shared by the tests that only look at it."""
+  workdir = tmp_path_factory.mktemp("runs") / "whole"
+  config = make_small_config(prepared)
+  return config, workdir, variables_of(train(config, workdir))
+
+
+def metric_lines(workdir):
+  return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_resumed_run_is_bit_identical_to_the_uninterrupted_one(whole_run, tmp_path, monkeypatch):
+  config, workdir, expected = whole_run
+
+  class Killed(BaseException):
+    pass
+
+  def killing(self, step):
+    if step == 5:
+      raise Killed
+
+  # Dies in step 5, after the checkpoint of step 3 and a record of step 4.
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.Journal, "advance", killing)
+    with pytest.raises(Killed):
+      train(config, tmp_path)
+  checkpoints = Checkpoints(tmp_path, read_only=True)
+  assert checkpoints.latest_step() == 3
+  state = train(config, tmp_path)
+  assert trees_equal(variables_of(state), expected)
+  for ours, theirs in zip(metric_lines(tmp_path), metric_lines(workdir), strict=True):
+    pace = {"train/slices_per_second"}
+    assert {k: v for k, v in ours.items() if k not in pace} == {k: v for k, v in theirs.items() if k not in pace}
+  assert "resumed  from the checkpoint of step 3" in (tmp_path / "train.log").read_text()
+
+
+def test_a_finished_run_stays_as_it_is(whole_run):
+  config, workdir, expected = whole_run
+  assert trees_equal(variables_of(train(config, workdir)), expected)
+
+
+def test_a_run_leaves_what_people_want_to_see(whole_run):
+  _, workdir, _ = whole_run
+  lines = metric_lines(workdir)
+  assert [line["step"] for line in lines if "train/total" in line] == [2, 3, 4, 6]
+  assert [line["step"] for line in lines if "val/dice" in line] == [3, 6]
+  terms = {"ce", "dice", "scr", "ifd", "total", "grad_norm", "learning_rate", "slices_per_second", "scr/decoder_1"}
+  assert {f"train/{term}" for term in terms} <= set(lines[0])
+  assert {"val/dice/disc", "val/dice/square"} <= set(lines[-1])
+  assert sorted(path.name for path in (workdir / "panels").iterdir()) == ["step_0000003.png", "step_0000006.png"]
+  assert (workdir / "curves.png").stat().st_size > 10_000
+  log = (workdir / "train.log").read_text()
+  assert "stem/conv1/kernel" in log
+  assert "validation Dice" in log
+  (events,) = (workdir / "tensorboard").iterdir()
+  tags = {value.tag for event in read_events(events) for value in event.summary.value}
+  assert {"train/total", "val/dice", "validation"} <= tags
+
+
+def read_events(path):
+  """Events of a TensorBoard file: length (8 bytes), its CRC (4), the event, its CRC (4)."""
+  content, place = path.read_bytes(), 0
+  while place < len(content):
+    length = int.from_bytes(content[place : place + 8], "little")
+    yield Event.FromString(content[place + 12 : place + 12 + length])
+    place += length + 16
+
+
+def test_latest_and_best_checkpoints_are_kept(small_config, tmp_path, monkeypatch):
+  small_config.train.steps, small_config.train.validate_every = 8, 2
+  scores = iter([0.3, 0.9, 0.5, 0.4])
+  monkeypatch.setattr(loop.Validation, "run", lambda self, journal, state, step: next(scores))
+  train(small_config, tmp_path)
+  checkpoints = Checkpoints(tmp_path, read_only=True)
+  assert checkpoints.latest_step() == 8
+  assert checkpoints.best_step() == 4
+  assert checkpoints.metric(4) == 0.9
+  assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "8"]
+
+
+def test_a_changed_config_is_refused_on_resume(whole_run):
+  config, workdir, _ = whole_run
+  changed = config.copy_and_resolve_references()
+  changed.loss.scr_weight = 0.5
+  changed.data.threads = 0  # harmless
+  with pytest.raises(UserError) as error:
+    train(changed, workdir)
+  assert "config.loss.scr_weight: 0.015 -> 0.5" in str(error.value)
+  assert "threads" not in str(error.value)
+  assert "--override" in str(error.value)
+
+
+def test_changed_data_are_refused_on_resume(whole_run, monkeypatch):
+  config, workdir, _ = whole_run
+  monkeypatch.setattr(manifests.Manifest, "fingerprint", lambda self: "00000000")
+  with pytest.raises(UserError, match="not the one trained on"):
+    train(config, workdir)
+
+
+def test_override_continues_with_the_new_settings(small_config, tmp_path):
+  small_config.train.steps = 3
+  train(small_config, tmp_path)
+  small_config.train.steps = 6
+  with pytest.raises(UserError, match=re.escape("config.train.steps: 3 -> 6")):
+    train(small_config, tmp_path)
+  state = train(small_config, tmp_path, override=True)
+  assert int(state.step) == 6
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_terms_and_cases(small_config, tmp_path):
+  small_config.optimizer.name = "sgd"
+  small_config.optimizer.learning_rate = 1e30
+  with pytest.raises(loop.TrainingDivergedError) as error:
+    train(small_config, tmp_path)
+  message = str(error.value)
+  assert re.search(r"not finite at step [123]: .*total", message)
+  assert re.search(r"cases of the batch: \d slice \d", message)
+  assert Checkpoints(tmp_path, read_only=True).latest_step() in (None, 3)
+
+
+def test_a_workdir_serves_one_run_at_a_time(small_config, tmp_path):
+  with loop.open_workdir(tmp_path), pytest.raises(UserError, match="another run is using"):
+    train(small_config, tmp_path)
+
+
+def test_a_batch_that_the_devices_do_not_divide_is_refused(small_config, tmp_path):
+  small_config.data.batch_size = 12
+  with pytest.raises(UserError, match="8 devices; use 8 or 16"):
+    loop.train_and_evaluate(small_config, tmp_path)
+
+
+def test_training_without_validation_cases_keeps_the_latest(prepared, small_config, tmp_path, monkeypatch):
+  manifest = manifests.load(prepared)
+  manifest.splits["val"] = ()
+  monkeypatch.setattr(manifests, "load", lambda directory, verify=False: manifest)
+  train(small_config, tmp_path)
+  assert "the validation split is empty" in (tmp_path / "train.log").read_text()
+  checkpoints = Checkpoints(tmp_path, read_only=True)
+  assert checkpoints.best_step() == checkpoints.latest_step() == 6
+
+
+def test_eight_devices_train_like_one(small_config, tmp_path):
+  small_config.data.batch_size = 8
+  small_config.optimizer.learning_rate = 1e-4
+  small_config.train.steps = 3
+  one = train(small_config, tmp_path / "one")
+  eight = loop.train_and_evaluate(small_config, tmp_path / "eight")
+  for ours, theirs in zip(jax.tree.leaves(eight.params), jax.tree.leaves(one.params), strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=2e-4)
+  losses = [
+    [line["train/total"] for line in metric_lines(tmp_path / name) if "train/total" in line]
+    for name in ("one", "eight")
+  ]
+  np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+def test_damaged_checkpoints_are_noticed(whole_run, tmp_path):
+  config, workdir, _ = whole_run
+  shutil.copytree(workdir, tmp_path / "copy")
+  folder = tmp_path / "copy" / "checkpoints" / "6"
+  largest = max((path for path in folder.rglob("d/*") if path.is_file()), key=lambda path: path.stat().st_size)
+  content = bytearray(largest.read_bytes())
+  content[len(content) // 2] ^= 0x10
+  largest.write_bytes(content)
+  with pytest.raises(UserError, match=r"checkpoints/6: .*(damaged|differ)"):
+    train(config, tmp_path / "copy")

@@ -1,0 +1,78 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from selfreg_jax.config import base_config
+from selfreg_jax.training import optimizer as optimizers
+
+
+def test_poly_rate_equals_the_authors(golden):
+  arrays = golden("poly_lr")
+  base, steps = float(arrays["base_lr"]), int(arrays["max_iterations"])
+  used_at = arrays["iteration"] + 1  # the authors write the rate after the step
+  np.testing.assert_allclose(optimizers.poly_rate(base, steps)(used_at.astype(np.int32)), arrays["lr_after"], rtol=1e-6)
+  with jax.enable_x64(True):
+    schedule = optimizers.poly_rate(base, steps)
+    np.testing.assert_allclose(schedule(jnp.asarray(used_at)), arrays["lr_after"], rtol=0, atol=1e-15)
+  assert schedule(0) == base
+
+
+def test_cosine_restarts_by_epoch():
+  schedule = optimizers.cosine_restarts(1e-3, 1e-4, period=10, steps_per_epoch=7)
+  rates = np.array([schedule(step) for step in range(7 * 21)]).reshape(21, 7)
+  assert (rates == rates[:, :1]).all()  # constant within an epoch
+  by_epoch = rates[:, 0]
+  np.testing.assert_allclose(by_epoch[[0, 10, 20]], 1e-3, rtol=1e-6)
+  np.testing.assert_allclose(by_epoch[5], (1e-3 + 1e-4) / 2, rtol=1e-6)
+  assert by_epoch.min() > 1e-4
+  assert (np.diff(by_epoch[:10]) < 0).all()
+
+
+def run(name, gradients, start, *, rate=0.1, decay=0.01, momentum=0.9):
+  config = base_config().optimizer
+  config.name, config.weight_decay, config.momentum = name, decay, momentum
+  optimizer = optimizers.make_optimizer(config, lambda step: rate)
+  params = {"w": jnp.asarray(start)}
+  state = optimizer.init(params)
+  for gradient in gradients:
+    updates, state = optimizer.update({"w": jnp.asarray(gradient)}, state, params)
+    params = jax.tree.map(lambda p, u: p + u, params, updates)
+  return np.asarray(params["w"])
+
+
+@pytest.fixture
+def trajectory():
+  rng = np.random.default_rng(0)
+  return rng.standard_normal((5, 3)).astype(np.float32), rng.standard_normal(3).astype(np.float32)
+
+
+def test_sgd_couples_decay_and_momentum_as_pytorch(trajectory):
+  gradients, start = trajectory
+  w, buffer = start.astype(float), np.zeros(3)
+  for gradient in gradients:
+    buffer = 0.9 * buffer + gradient + 0.01 * w
+    w = w - 0.1 * buffer
+  np.testing.assert_allclose(run("sgd", gradients, start), w, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_adam_and_adamw_are_pytorchs(trajectory, name):
+  gradients, start = trajectory
+  w, first, second = start.astype(float), np.zeros(3), np.zeros(3)
+  for t, gradient in enumerate(gradients.astype(float), 1):
+    if name == "adamw":
+      w = w * (1 - 0.1 * 0.01)
+    else:
+      gradient = gradient + 0.01 * w
+    first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+    w = w - 0.1 * (first / (1 - 0.9**t)) / (np.sqrt(second / (1 - 0.999**t)) + 1e-8)
+  np.testing.assert_allclose(run(name, gradients, start), w, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "last"), [("poly", 0.2 * (1 - 98 / 100) ** 0.9), ("constant", 0.2)])
+def test_the_schedule_follows_the_config(name, last):
+  config = base_config().optimizer
+  config.schedule, config.learning_rate = name, 0.2
+  schedule = optimizers.make_schedule(config, steps=100, steps_per_epoch=10)
+  np.testing.assert_allclose(schedule(99), last, rtol=1e-5)

@@ -1,0 +1,33 @@
+"""Trains a self-regularizing UNet.
+
+python train.py --config=configs/NAME.py --workdir=DIR [--config.field=value ...] [--override]
+"""
+
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from selfreg_jax.errors import EXIT_FAULT, parse_flags, run_command
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; override fields with --config.field=value.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints and logs; one with a checkpoint is continued.")
+_OVERRIDE = flags.DEFINE_bool("override", False, "Continue a workdir although the config differs from its own.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv: list[str]) -> int:
+  """Trains as the parsed flags say; returns the exit code."""
+  del argv
+  # Imported after the flags were parsed: a wrong flag is told at once, not after JAX has started.
+  from selfreg_jax.training.loop import TrainingDivergedError, train_and_evaluate
+
+  try:
+    return run_command(lambda: train_and_evaluate(_CONFIG.value, _WORKDIR.value, override=_OVERRIDE.value))
+  except TrainingDivergedError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return EXIT_FAULT
+
+
+if __name__ == "__main__":
+  app.run(main, flags_parser=parse_flags)
