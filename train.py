@@ -8,7 +8,7 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from selfreg_jax.errors import EXIT_FAULT, parse_flags, run_command
+from selfreg_jax.errors import EXIT_FAULT, UserError, parse_flags, run_command
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; override fields with --config.field=value.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints and logs; one with a checkpoint is continued.")
@@ -19,14 +19,23 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main(argv: list[str]) -> int:
   """Trains as the parsed flags say; returns the exit code."""
   del argv
-  # Imported after the flags were parsed: a wrong flag is told at once, not after JAX has started.
+  return run_command(train)
+
+
+def train() -> None:
+  """Trains; a loss that became NaN or infinite ends the process with exit code 1."""
+  try:
+    list(_CONFIG.value)
+  except OSError as error:  # ml_collections tells on first use that the file could not be loaded
+    raise UserError(f"--config: {error}") from error
+  # Imported after the flags were checked: a wrong flag is told at once, not after JAX has started.
   from selfreg_jax.training.loop import TrainingDivergedError, train_and_evaluate
 
   try:
-    return run_command(lambda: train_and_evaluate(_CONFIG.value, _WORKDIR.value, override=_OVERRIDE.value))
+    train_and_evaluate(_CONFIG.value, _WORKDIR.value, override=_OVERRIDE.value)
   except TrainingDivergedError as error:
     print(f"error: {error}", file=sys.stderr)
-    return EXIT_FAULT
+    sys.exit(EXIT_FAULT)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,12 @@ def split_batch(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(BATCH_AXIS))
 
 
+def replicated_like(abstract: Any, mesh: Mesh) -> Any:
+  """Shapes and dtypes of a pytree with the sharding of a copy on every device, as Orbax wants them for restoring."""
+  sharding = replicated(mesh)
+  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract)
+
+
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
   """Raises UserError unless the devices divide the global batch; names the nearest sizes that they do."""
   devices = mesh.size

@@ -43,9 +43,9 @@ class SlicePredictor:
     batch_size: slices of a batch, rounded up to a multiple of the mesh's devices.
   """
 
-  def __init__(self, image_size: int, batch_size: int, mesh: Mesh | None = None):
+  def __init__(self, image_size: int, batch_size: int, mesh: Mesh):
     self.image_size = image_size
-    self._mesh = meshes.make_mesh(jax.local_devices()) if mesh is None else mesh
+    self._mesh = mesh
     self.batch_size = -(-batch_size // self._mesh.size) * self._mesh.size
 
   def classes(self, predict_fn: PredictFn, slices: np.ndarray, *, scale: float = 1.0) -> np.ndarray:

@@ -7,10 +7,13 @@ import os
 import pathlib
 from typing import Any
 
+import jax
 import ml_collections
 import numpy as np
+from jax.sharding import Mesh
 
 from selfreg_jax import config as configs
+from selfreg_jax import mesh as meshes
 from selfreg_jax.data import cases
 from selfreg_jax.data.manifest import Intensity, Manifest
 from selfreg_jax.errors import UserError
@@ -59,6 +62,7 @@ class Predictor:
     dataset: DatasetInfo,
     variables: dict[str, Any],
     *,
+    mesh: Mesh,
     step: int,
     val_dice: float | None,
   ):
@@ -66,7 +70,7 @@ class Predictor:
     self.dataset = dataset
     self.step = step
     self.val_dice = val_dice
-    self.slices = SlicePredictor(config.data.image_size, config.eval.batch_size)
+    self.slices = SlicePredictor(config.data.image_size, config.eval.batch_size, mesh)
     apply = make_apply(build_model(config.model, len(dataset.classes)))
     self.predict_fn: PredictFn = functools.partial(apply, variables)
 
@@ -137,6 +141,7 @@ def load(workdir: str | os.PathLike, *, checkpoint: str = "best") -> Predictor:
   if step is None:
     raise UserError(f"{workdir}: no checkpoint yet; train.py writes the first one at its first validation")
   model = build_model(config.model, len(dataset.classes))
-  abstract = abstract_variables(model, config.data.image_size, dataset.channels)
+  mesh = meshes.make_mesh(jax.local_devices())
+  abstract = meshes.replicated_like(abstract_variables(model, config.data.image_size, dataset.channels), mesh)
   variables = checkpoints.restore_variables(step, abstract)
-  return Predictor(config, dataset, variables, step=step, val_dice=checkpoints.metric(step))
+  return Predictor(config, dataset, variables, mesh=mesh, step=step, val_dice=checkpoints.metric(step))

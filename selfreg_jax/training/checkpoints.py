@@ -118,8 +118,11 @@ class Checkpoints:
     """Blocks until everything is on disk."""
     self._manager.wait_until_finished()
 
-  def close(self) -> None:
-    """Waits and releases the manager's threads."""
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, *exception) -> None:
+    # Waits for what is being written, also when the run ends in an error: a checkpoint taken is a checkpoint kept.
     self._manager.close()
 
   def _meta(self, step: int) -> dict[str, Any]:

@@ -77,8 +77,7 @@ def train_and_evaluate(
   steps_per_epoch = math.ceil(len(dataset) / config.data.batch_size)
   steps = config.train.steps or config.train.epochs * steps_per_epoch
 
-  with open_workdir(workdir) as folder:
-    checkpoints = Checkpoints(folder)
+  with open_workdir(workdir) as folder, Checkpoints(folder) as checkpoints:
     start_step = checkpoints.latest_step() or 0
     if start_step:
       check_same_run(checkpoints, start_step, config, manifest, override=override)
@@ -97,11 +96,8 @@ def train_and_evaluate(
 
     # 3. A checkpoint, if there is one, instead of initial weights.
     if start_step:
-      abstract = jax.eval_shape(initial_state, key)
-      sharded = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=meshes.replicated(mesh)), abstract
-      )
-      state = checkpoints.restore(start_step, sharded)
+      abstract = meshes.replicated_like(jax.eval_shape(initial_state, key), mesh)
+      state = checkpoints.restore(start_step, abstract)
     else:
       state = jax.jit(initial_state, out_shardings=meshes.replicated(mesh))(key)
 
@@ -136,7 +132,6 @@ def train_and_evaluate(
           meter.restart()
       checkpoints.wait()
       conclude(journal, checkpoints, steps, folder)
-    checkpoints.close()
   return state
 
 

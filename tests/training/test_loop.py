@@ -81,8 +81,8 @@ def test_a_run_leaves_what_people_want_to_see(whole_run):
   log = (workdir / "train.log").read_text()
   assert "stem/conv1/kernel" in log
   assert "validation Dice" in log
-  (events,) = (workdir / "tensorboard").iterdir()
-  tags = {value.tag for event in read_events(events) for value in event.summary.value}
+  events = [event for path in (workdir / "tensorboard").iterdir() for event in read_events(path)]
+  tags = {value.tag for event in events for value in event.summary.value}
   assert {"train/total", "val/dice", "validation"} <= tags
 
 
@@ -170,12 +170,13 @@ def test_training_without_validation_cases_keeps_the_latest(prepared, small_conf
 
 def test_eight_devices_train_like_one(small_config, tmp_path):
   small_config.data.batch_size = 8
-  small_config.optimizer.learning_rate = 1e-4
+  # Adam's first steps have the sign of a gradient, which rounding decides where it is near zero.
+  small_config.optimizer.name = "sgd"
   small_config.train.steps = 3
   one = train(small_config, tmp_path / "one")
   eight = loop.train_and_evaluate(small_config, tmp_path / "eight")
   for ours, theirs in zip(jax.tree.leaves(eight.params), jax.tree.leaves(one.params), strict=True):
-    np.testing.assert_allclose(ours, theirs, atol=2e-4)
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
   losses = [
     [line["train/total"] for line in metric_lines(tmp_path / name) if "train/total" in line]
     for name in ("one", "eight")

@@ -1,0 +1,36 @@
+# Everything runs in .venv, which the first target that needs it sets up.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+DATA ?= data/phantom
+RUN ?= runs/quickstart
+
+.PHONY: quickstart test lint format clean
+
+quickstart: $(VENV)/.installed
+	@test -f $(DATA)/manifest.json || $(BIN)/python -m selfreg_jax.data.prepare --dataset=phantom --output=$(DATA)
+	$(BIN)/python train.py --config=configs/quickstart.py --config.data.dir=$(DATA) --workdir=$(RUN)
+	$(BIN)/python eval.py --workdir=$(RUN)
+	@echo
+	@echo "pictures: $(RUN)/eval/test/overlays/*.png (cases), $(RUN)/curves.png (training), $(RUN)/panels/ (validation)"
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -n 2
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info
+
+$(VENV)/.installed: requirements.txt pyproject.toml
+	@command -v $(PYTHON) > /dev/null || { echo "error: $(PYTHON) not found; Python 3.11 or newer is needed: make PYTHON=python3 ..."; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
