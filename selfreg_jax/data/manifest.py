@@ -143,6 +143,27 @@ class Manifest:
     return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
 
 
+@dataclasses.dataclass(frozen=True)
+class DatasetInfo:
+  """What prediction must know of the dataset that a network was trained on; see `Manifest` for the fields."""
+
+  classes: tuple[str, ...]
+  channels: int
+  intensity: Intensity
+  orientation: str
+  axis: int
+
+  @classmethod
+  def of(cls, manifest: Manifest) -> "DatasetInfo":
+    """The information that a manifest holds."""
+    return cls(**{field.name: getattr(manifest, field.name) for field in dataclasses.fields(cls)})
+
+  @classmethod
+  def from_json(cls, content: dict[str, Any]) -> "DatasetInfo":
+    """The reverse of `dataclasses.asdict`; raises KeyError or TypeError on other content."""
+    return cls(**content | {"classes": tuple(content["classes"]), "intensity": Intensity(**content["intensity"])})
+
+
 def _as_tuples(value: Any) -> Any:
   return tuple(_as_tuples(item) for item in value) if isinstance(value, list) else value
 

@@ -18,6 +18,9 @@ from selfreg_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
+# Length of the "endless" stream: Grain's own endless repetition overflows when it is cut into small batches.
+_POSITIONS = 1 << 40
+
 
 class CaseArrays:
   """Memory maps of a prepared dataset's arrays, opened on first use and kept open.
@@ -144,17 +147,22 @@ def batches(
     raise UserError(
       f"data.batch_size = {sampling.batch_size} cannot be divided among {process_count} processes; use a multiple"
     )
-  records = grain.MapDataset.range(len(dataset)).seed(sampling.seed).shuffle().repeat()
+  records = _endless(grain.MapDataset.range(len(dataset)), sampling.seed)
   if sampling.foreground_fraction > 0:
     foreground = dataset.foreground_records()
     if not len(foreground):
       raise UserError("data.foreground_fraction > 0, but no training slice holds any class besides the background")
-    foreground_stream = grain.MapDataset.source(foreground).seed(sampling.seed + 1).shuffle().repeat()
+    foreground_stream = _endless(grain.MapDataset.source(foreground), sampling.seed + 1)
     streams = [(records, 1 - sampling.foreground_fraction), (foreground_stream, sampling.foreground_fraction)]
     kept = [(stream, weight) for stream, weight in streams if weight > 0]
     records = grain.MapDataset.mix([stream for stream, _ in kept], [weight for _, weight in kept])
   slices = records.map_with_index(functools.partial(_read, dataset))
   return slices[process_index::process_count].batch(sampling.batch_size // process_count)
+
+
+def _endless(records: grain.MapDataset, seed: int) -> grain.MapDataset:
+  """Epoch after epoch, each shuffled anew."""
+  return records.seed(seed).shuffle().repeat(_POSITIONS // len(records))
 
 
 def _read(dataset: SliceDataset, position: int, record: int) -> Batch:

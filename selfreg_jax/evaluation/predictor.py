@@ -1,10 +1,7 @@
 """A trained workdir as a Python function: volume in, class map on the same grid out."""
 
-import dataclasses
 import functools
-import json
 import os
-import pathlib
 from typing import Any
 
 import jax
@@ -12,38 +9,14 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from selfreg_jax import config as configs
 from selfreg_jax import mesh as meshes
+from selfreg_jax import workdir as workdirs
 from selfreg_jax.data import cases
-from selfreg_jax.data.manifest import Intensity, Manifest
+from selfreg_jax.data.manifest import DatasetInfo
 from selfreg_jax.errors import UserError
 from selfreg_jax.evaluation.inference import PredictFn, SlicePredictor, make_apply
 from selfreg_jax.models.factory import abstract_variables, build_model
 from selfreg_jax.training.checkpoints import Checkpoints
-
-CONFIG_FILE = "config.json"
-DATASET_FILE = "dataset.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class DatasetInfo:
-  """What prediction must know of the dataset that a network was trained on; see `Manifest` for the fields."""
-
-  classes: tuple[str, ...]
-  channels: int
-  intensity: Intensity
-  orientation: str
-  axis: int
-
-  @classmethod
-  def of(cls, manifest: Manifest) -> "DatasetInfo":
-    """The information that a manifest holds."""
-    return cls(**{field.name: getattr(manifest, field.name) for field in dataclasses.fields(cls)})
-
-  @classmethod
-  def from_json(cls, content: dict[str, Any]) -> "DatasetInfo":
-    """The reverse of `dataclasses.asdict`."""
-    return cls(**content | {"classes": tuple(content["classes"]), "intensity": Intensity(**content["intensity"])})
 
 
 class Predictor:
@@ -128,14 +101,7 @@ def load(workdir: str | os.PathLike, *, checkpoint: str = "best") -> Predictor:
   Raises:
     UserError: no workdir of a run, or no checkpoint in it yet, or a damaged one.
   """
-  workdir = pathlib.Path(workdir)
-  try:
-    config = configs.from_json(json.loads((workdir / CONFIG_FILE).read_text()))
-    dataset = DatasetInfo.from_json(json.loads((workdir / DATASET_FILE).read_text()))
-  except FileNotFoundError as error:
-    raise UserError(f"{workdir}: not the workdir of a training run (no {pathlib.Path(error.filename).name})") from error
-  except (ValueError, KeyError, TypeError) as error:
-    raise UserError(f"{workdir}: {CONFIG_FILE} or {DATASET_FILE} is damaged ({error})") from error
+  config, dataset = workdirs.read_run(workdir)
   checkpoints = Checkpoints(workdir, read_only=True)
   step = checkpoints.best_step() if checkpoint == "best" else checkpoints.latest_step()
   if step is None:

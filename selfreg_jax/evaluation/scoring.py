@@ -15,10 +15,10 @@ from rich.console import Console
 from selfreg_jax import config as configs
 from selfreg_jax.data import cases, pipeline
 from selfreg_jax.data import manifest as manifests
-from selfreg_jax.data.manifest import Case, Manifest
+from selfreg_jax.data.manifest import Case, DatasetInfo, Manifest
 from selfreg_jax.errors import UserError
 from selfreg_jax.evaluation import protocols, report
-from selfreg_jax.evaluation.predictor import DatasetInfo, Predictor
+from selfreg_jax.evaluation.predictor import Predictor
 
 _VERSIONED = ("selfreg-jax", "jax", "flax", "numpy", "scipy", "nibabel")
 _CHANNEL_SUFFIX = "_0000"  # nnU-Net names the first channel of a case so

@@ -1,10 +1,6 @@
 """The training loop: evaluate, save, take the next batch, step."""
 
-import contextlib
-import dataclasses
-import fcntl
 import functools
-import json
 import math
 import os
 import pathlib
@@ -21,14 +17,14 @@ from jax.sharding import Mesh
 
 from selfreg_jax import config as configs
 from selfreg_jax import mesh as meshes
+from selfreg_jax import workdir as workdirs
 from selfreg_jax.data import augment, pipeline
 from selfreg_jax.data import manifest as manifests
-from selfreg_jax.data.manifest import Manifest
+from selfreg_jax.data.manifest import DatasetInfo, Manifest
 from selfreg_jax.errors import UserError
 from selfreg_jax.evaluation import metrics as volume_metrics
 from selfreg_jax.evaluation import protocols, report
 from selfreg_jax.evaluation.inference import SlicePredictor, make_apply
-from selfreg_jax.evaluation.predictor import CONFIG_FILE, DATASET_FILE, DatasetInfo
 from selfreg_jax.models.factory import build_model
 from selfreg_jax.training import optimizer as optimizers
 from selfreg_jax.training.checkpoints import Checkpoints
@@ -77,11 +73,11 @@ def train_and_evaluate(
   steps_per_epoch = math.ceil(len(dataset) / config.data.batch_size)
   steps = config.train.steps or config.train.epochs * steps_per_epoch
 
-  with open_workdir(workdir) as folder, Checkpoints(folder) as checkpoints:
+  with workdirs.hold(workdir) as folder, Checkpoints(folder) as checkpoints:
     start_step = checkpoints.latest_step() or 0
     if start_step:
       check_same_run(checkpoints, start_step, config, manifest, override=override)
-    write_run_files(folder, config, manifest)
+    workdirs.write_run(folder, config, DatasetInfo.of(manifest))
 
     # 2. Network, optimizer, state: initialized under jit, where they will live.
     model = build_model(config.model, manifest.num_classes)
@@ -160,35 +156,6 @@ def make_input_fn(config: ml_collections.ConfigDict, manifest: Manifest, tables:
   return input_fn
 
 
-@contextlib.contextmanager
-def open_workdir(workdir: str | os.PathLike) -> Iterator[pathlib.Path]:
-  """Creates a workdir and holds it for this process: a second run in it would mix two histories.
-
-  The lock dies with the process, also after kill -9.
-
-  Args:
-    workdir: the folder.
-
-  Yields:
-    Its path.
-
-  Raises:
-    UserError: it cannot be written, or another run holds it.
-  """
-  folder = pathlib.Path(workdir)
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / ".lock").open("w")
-  except OSError as error:
-    raise UserError(f"{folder}: cannot be used as a workdir ({error.strerror})") from error
-  with lock:
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-      raise UserError(f"{folder}: another run is using this workdir; give each run its own --workdir") from error
-    yield folder
-
-
 def check_same_run(
   checkpoints: Checkpoints, step: int, config: ml_collections.ConfigDict, manifest: Manifest, *, override: bool
 ) -> None:
@@ -202,15 +169,6 @@ def check_same_run(
       + "\n  ".join(problems)
       + "\nGive another --workdir, or --override to continue it with the new settings."
     )
-
-
-def write_run_files(folder: pathlib.Path, config: ml_collections.ConfigDict, manifest: Manifest) -> None:
-  """Writes what prediction needs besides the weights: `config.json` and `dataset.json`."""
-  contents = {CONFIG_FILE: configs.to_json(config), DATASET_FILE: dataclasses.asdict(DatasetInfo.of(manifest))}
-  for name, content in contents.items():
-    temporary = folder / f"{name}.partial"
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(folder / name)
 
 
 def introduce(

@@ -55,12 +55,12 @@ def test_the_order_follows_the_seed(dataset):
   assert records(stream_of(dataset, seed=1), 6) != records(stream_of(dataset, seed=2), 6)
 
 
-@pytest.mark.parametrize("threads", [0, 3])
-def test_reading_from_a_step_on_equals_the_later_part_of_a_whole_run(dataset, threads):
-  stream = stream_of(dataset)
+@pytest.mark.parametrize(("threads", "batch_size"), [(0, 4), (3, 4), (1, 1)])
+def test_reading_from_a_step_on_equals_the_later_part_of_a_whole_run(dataset, threads, batch_size):
+  stream = stream_of(dataset, batch_size=batch_size)
   whole = pipeline.iterate(stream, 0, threads=threads, prefetch=2)
   expected = [next(whole) for _ in range(8)][5:]
-  resumed = pipeline.iterate(stream_of(dataset), 5, threads=threads, prefetch=2)
+  resumed = pipeline.iterate(stream_of(dataset, batch_size=batch_size), 5, threads=threads, prefetch=2)
   for batch in expected:
     again = next(resumed)
     assert again.keys() == batch.keys()

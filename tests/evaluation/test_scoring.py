@@ -8,11 +8,11 @@ import pytest
 from rich.console import Console
 
 import selfreg_jax as sr
+from selfreg_jax import workdir as workdirs
 from selfreg_jax.data import manifest as manifests
 from selfreg_jax.data import pipeline
 from selfreg_jax.data.prepare import PrepareOptions, prepare
 from selfreg_jax.errors import UserError
-from selfreg_jax.evaluation import predictor as predictors
 from selfreg_jax.evaluation import scoring
 from selfreg_jax.training.loop import train_and_evaluate
 from tests.conftest import make_small_config
@@ -215,12 +215,12 @@ def test_inputs_that_cannot_be_told_apart_are_refused(tmp_path, names, output, m
 def test_what_is_no_workdir_is_refused(tmp_path, workdir):
   with pytest.raises(UserError, match=r"not the workdir of a training run \(no config.json\)"):
     sr.load(tmp_path)
-  for name in (predictors.CONFIG_FILE, predictors.DATASET_FILE):
+  for name in (workdirs.CONFIG_FILE, workdirs.DATASET_FILE):
     (tmp_path / name).write_text((workdir / name).read_text())
   (tmp_path / "checkpoints").mkdir()
   with pytest.raises(UserError, match="no checkpoint yet"):
     sr.load(tmp_path)
-  (tmp_path / predictors.CONFIG_FILE).write_text("{")
+  (tmp_path / workdirs.CONFIG_FILE).write_text("{")
   with pytest.raises(UserError, match="is damaged"):
     sr.load(tmp_path)
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from selfreg_jax import workdir as workdirs
 from selfreg_jax.data import manifest as manifests
 from selfreg_jax.errors import UserError
 from selfreg_jax.training import loop
@@ -148,7 +149,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_terms_and_cases(small_config,
 
 
 def test_a_workdir_serves_one_run_at_a_time(small_config, tmp_path):
-  with loop.open_workdir(tmp_path), pytest.raises(UserError, match="another run is using"):
+  with workdirs.hold(tmp_path), pytest.raises(UserError, match="another run is using"):
     train(small_config, tmp_path)
 
 
