@@ -40,7 +40,7 @@ def evaluate() -> None:
   # Imported after the flags were checked: a wrong flag is told at once, not after JAX has started.
   from rich.console import Console
 
-  from selfreg_jax.evaluation import predictor as predictors
+  from selfreg_jax import predictor as predictors
   from selfreg_jax.evaluation import scoring
 
   console = Console(width=None if sys.stdout.isatty() else 100)
@@ -50,9 +50,10 @@ def evaluate() -> None:
     return
   name = _SPLIT.value if _DATA.value is None else f"{pathlib.Path(_DATA.value).resolve().name}_{_SPLIT.value}"
   output = _OUTPUT.value or pathlib.Path(_WORKDIR.value) / "eval" / name
-  scoring.score_dataset(
-    predictor, _DATA.value or predictor.config.data.dir, split=_SPLIT.value, output=output, console=console
-  )
+  data = pathlib.Path(_DATA.value or predictor.config.data.dir)
+  if not data.is_dir():
+    raise UserError(f"{data}: no such folder; if the dataset has moved, give its new place with --data=DIR")
+  scoring.score_dataset(predictor, data, split=_SPLIT.value, output=output, console=console)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ _HOME = {
   "semantic_consistency": "selfreg_jax.losses",
   "self_regularization": "selfreg_jax.losses",
   "evaluate_case": "selfreg_jax.evaluation.protocols",
-  "load": "selfreg_jax.evaluation.predictor",
+  "load": "selfreg_jax.predictor",
 }
 
 __all__ = [
@@ -38,7 +38,6 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-  from selfreg_jax.evaluation.predictor import load
   from selfreg_jax.evaluation.protocols import evaluate_case
   from selfreg_jax.features import Features, Taps
   from selfreg_jax.losses import (
@@ -50,6 +49,7 @@ if TYPE_CHECKING:
   )
   from selfreg_jax.models.pretrained import from_pytorch
   from selfreg_jax.models.unet import UNet
+  from selfreg_jax.predictor import load
 
 
 def __getattr__(name: str):

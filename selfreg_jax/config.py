@@ -1,5 +1,7 @@
 """Every knob of a run, with its unit, range and source; and the check that a config makes sense before any compute."""
 
+import math
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -58,7 +60,9 @@ def base_config() -> ConfigDict:
   optimizer.cosine_minimum = 1e-4  # of cosine: lowest rate
 
   config.train = train = ConfigDict()
-  train.epochs = 150  # passes over the training slices; steps = epochs * ceil(slices / batch_size)
+  # Passes over the training slices: steps = epochs * ceil(slices / batch_size), as the authors count. Batches are
+  # always full: the last one of an epoch goes on with the first slices of the next.
+  train.epochs = 150
   train.steps = 0  # steps instead of epochs; 0 follows epochs
   train.validate_every = 1000  # steps between validations, each with a checkpoint; the last step always has one
   train.log_every = 50  # steps between lines of metrics; in between nothing is read from the device
@@ -79,6 +83,7 @@ def _one_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
 
 
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+  "seed": (lambda value: 0 <= value < 2**31, "between 0 and 2**31 - 1"),
   "data.dir": (bool, "the folder of a prepared dataset (--config.data.dir=DIR)"),
   "data.batch_size": _AT_LEAST_1,
   "data.image_size": (lambda value: value >= 2, "at least 2"),
@@ -129,17 +134,17 @@ def validate(config: ConfigDict) -> None:
   problems = list(_structure_problems(config, base_config(), prefix=""))
   if not problems:
     flat = flatten(config)
-    problems = [
+    problems = [f"{name} = {value!r} must be a finite number" for name, value in flat.items() if _is_infinite(value)]
+    problems += [
       f"{name} = {flat[name]!r} must be {rule}" for name, (holds, rule) in _RULES.items() if not holds(flat[name])
     ]
-    if not problems and config.loss.ce_weight == config.loss.dice_weight == 0:
-      problems = ["loss.ce_weight and loss.dice_weight are both 0: nothing would supervise the prediction"]
-    if not problems and config.data.image_size < 2 ** (len(config.model.widths) - 1):
-      problems = [
-        f"data.image_size = {config.data.image_size} is too small for {len(config.model.widths) - 1} down stages"
-      ]
+    problems = problems or list(_joint_problems(config))
   if problems:
     raise UserError("the config cannot be used:\n  " + "\n  ".join(f"config.{problem}" for problem in problems))
+
+
+def _is_infinite(value: Any) -> bool:
+  return isinstance(value, float) and not math.isfinite(value)
 
 
 def _joint_problems(config: ConfigDict) -> Iterator[str]:
@@ -148,6 +153,9 @@ def _joint_problems(config: ConfigDict) -> Iterator[str]:
   downs = len(config.model.widths) - 1
   if config.data.image_size < 2**downs:
     yield f"data.image_size = {config.data.image_size} is too small for {downs} down stages: at least {2**downs}"
+  optimizer = config.optimizer
+  if optimizer.schedule == "cosine" and optimizer.cosine_minimum > optimizer.learning_rate:
+    yield f"optimizer.cosine_minimum = {optimizer.cosine_minimum} is above the learning rate {optimizer.learning_rate}"
 
 
 def _structure_problems(config: ConfigDict, base: ConfigDict, prefix: str) -> Iterator[str]:
@@ -155,8 +163,9 @@ def _structure_problems(config: ConfigDict, base: ConfigDict, prefix: str) -> It
     if name not in base:
       try:
         getattr(base, name)
-      except AttributeError as error:  # ml_collections names the nearest field
-        yield f"{prefix}{name} is not a field. {str(error).splitlines()[-1]}"
+      except AttributeError as error:  # ml_collections names the nearest field, if there is one
+        hint = str(error).partition("\n")[2] or f"Fields: {', '.join(base)}"
+        yield f"{prefix}{name} is not a field. {hint}"
   for name, default in base.items():
     if name not in config:
       yield f"{prefix}{name} is missing; start from selfreg_jax.config.base_config()"
@@ -172,6 +181,13 @@ def _same_kind(value: Any, default: Any) -> bool:
   if isinstance(default, float):
     return isinstance(value, int | float)
   return isinstance(value, list | tuple) if isinstance(default, tuple) else isinstance(value, type(default))
+
+
+def with_absolute_paths(config: ConfigDict) -> ConfigDict:
+  """A copy whose paths hold wherever the next command is called from."""
+  absolute = config.copy_and_resolve_references()
+  absolute.data.dir = os.path.abspath(config.data.dir)
+  return absolute
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from absl import flags, logging
 
@@ -48,11 +49,20 @@ def parse_flags(argv: list[str]) -> list[str]:
   logging.set_verbosity(logging.ERROR)
   try:
     rest = flags.FLAGS(argv)
-  except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-    # ml_collections raises the latter for unknown fields (naming the nearest one), wrong types and missing files.
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(EXIT_USER_MISTAKE)
+  except flags.Error as error:
+    _exit(str(error))
+  except (AttributeError, KeyError) as error:  # of ml_collections: it names the nearest field, if there is one
+    message = str(error.args[0]) if error.args else str(error)
+    _exit(f"config: no such field: {' '.join(message.split())}")
+  except (OSError, TypeError, ValueError) as error:  # of ml_collections: a missing file, a value of another type
+    _exit(f"config: {error}")
+  except (ImportError, SyntaxError) as error:  # of the config file itself
+    _exit(f"config: {type(error).__name__} in the config file: {error}")
   if len(rest) > 1:
-    print(f"error: unexpected argument {rest[1]!r}; flags are written --name=value", file=sys.stderr)
-    sys.exit(EXIT_USER_MISTAKE)
+    _exit(f"unexpected argument {rest[1]!r}; flags are written --name=value")
   return rest
+
+
+def _exit(message: str) -> NoReturn:
+  print(f"error: {message}", file=sys.stderr)
+  sys.exit(EXIT_USER_MISTAKE)

@@ -63,21 +63,18 @@ class Features:
   def blocks(self) -> list[dict[str, Array]]:
     """The maps that the losses use: for each block position, name -> map.
 
-    Per stage its first and its last block (METHOD: positions "first" and "last"). Where every stage has one block
-    there is one position and the names are `encoder_1`, ...; otherwise two, and a stage with one block gives the same
-    map to both (it then keeps its bare name in both).
+    Per stage its first and its last block, at the positions "first" and "last". Where every stage has one block there
+    is one position. In a network of both kinds, a stage with one block counts once, among the first, under its bare
+    name `encoder_1`, ...
 
     Returns:
       One dict per position, ordered encoder_1, ..., decoder_1, ...
     """
     stages = {f"encoder_{i}": stage for i, stage in enumerate(self.encoder, 1)}
     stages |= {f"decoder_{i}": stage for i, stage in enumerate(self.decoder, 1)}
-    if all(len(stage) == 1 for stage in stages.values()):
-      return [{name: stage[0] for name, stage in stages.items()}]
-    return [
-      {(name if len(stage) == 1 else f"{name}/{position}"): stage[index] for name, stage in stages.items()}
-      for position, index in (("first", 0), ("last", -1))
-    ]
+    first = {(name if len(stage) == 1 else f"{name}/first"): stage[0] for name, stage in stages.items()}
+    last = {f"{name}/last": stage[-1] for name, stage in stages.items() if len(stage) > 1}
+    return [first, last] if last else [first]
 
 
 def _sown_stages(collection: Mapping[str, Any], side: str) -> tuple[Stage, ...]:

@@ -2,7 +2,8 @@
 
 Layout is channels last, (B, H, W, C). Reductions run in float32 whatever the inputs' precision (in float64 for float64
 inputs). Under pmap or shard_map, `axis_name` names the mapped batch axis, and every loss is then the value over the
-GLOBAL batch, equal on all devices; keys must be the same on all devices.
+GLOBAL batch, equal on all devices; keys must be the same on all devices. A gradient that is taken inside the mapped
+function, with respect to replicated parameters, is averaged over the devices (`jax.lax.pmean`) as in any pmap loop.
 
 Numerically these are the losses of the authors' code (SelfReg-UNet, MICCAI 2024, doi 10.1007/978-3-031-72111-3_56);
 where the paper's text differs, the docstring says so.
@@ -157,8 +158,9 @@ def internal_feature_distillation(
   scores = order(jax.lax.stop_gradient(feature_map), axis_name)
   ranking = jnp.argsort(-scores, stable=True)
   half = channels // 2
-  top = _select_channels(feature_map, ranking[:half])
-  bottom = _select_channels(feature_map, ranking[half : 2 * half])
+  # A ranking names no channel twice, which spares its gradient the additions.
+  top = feature_map.at[..., ranking[:half]].get(unique_indices=True)
+  bottom = feature_map.at[..., ranking[half : 2 * half]].get(unique_indices=True)
   difference = top - bottom
   powered = difference**2 if p == 2 else jnp.abs(difference) ** p
   return _mean_over_devices(_mean_of_map(powered), axis_name)
@@ -306,10 +308,8 @@ def self_regularization(
   if not _is_zero(ifd_weight):
     for name, feature_map in maps.items():
       terms[f"ifd/{name}"] = internal_feature_distillation(feature_map, order, p=p, axis_name=axis_name)
-    for position in positions:
-      for side in ("encoder", "decoder"):
-        stages = [terms[f"ifd/{name}"] for name in position if name.startswith(side)]
-        terms["ifd"] = terms.get("ifd", 0) + _mean(stages)
+    sides = [[n for n in position if n.startswith(side)] for position in positions for side in ("encoder", "decoder")]
+    terms["ifd"] = sum(_mean([terms[f"ifd/{name}"] for name in names]) for names in sides if names)
     loss += ifd_weight * terms["ifd"]
   return loss, terms
 
@@ -335,7 +335,7 @@ def _consistency(
       raise ValueError(
         f"channels must be two index vectors of one length, got {student_index.shape} and {target_index.shape}"
       )
-  difference = _select_channels(student, student_index) - _select_channels(target, target_index)
+  difference = jnp.take(student, student_index, axis=-1) - jnp.take(target, target_index, axis=-1)
   return _mean_over_devices(_mean_of_map(difference**2), axis_name)
 
 
@@ -358,11 +358,6 @@ def _pooling_matrix(size: int, pooled: int) -> np.ndarray:
     start, stop = i * size // pooled, math.ceil((i + 1) * size / pooled)
     matrix[i, start:stop] = 1 / (stop - start)
   return matrix
-
-
-def _select_channels(feature_map: Array, indices: Array) -> Array:
-  # Channels are drawn without replacement, so that the gradient needs no atomic additions.
-  return feature_map.at[..., indices].get(unique_indices=True)
 
 
 def _check_segmentation(logits: Array, labels: Array, ignore_label: int | None) -> tuple[Array, Array, Array]:

@@ -1,7 +1,6 @@
 """The folder of a training run: who may write into it, and what it says about itself besides its checkpoints."""
 
 import contextlib
-import dataclasses
 import fcntl
 import json
 import os
@@ -11,11 +10,9 @@ from collections.abc import Iterator
 import ml_collections
 
 from selfreg_jax import config as configs
-from selfreg_jax.data.manifest import DatasetInfo
 from selfreg_jax.errors import UserError
 
 CONFIG_FILE = "config.json"
-DATASET_FILE = "dataset.json"
 _LOCK_FILE = ".lock"
 
 
@@ -48,34 +45,8 @@ def hold(workdir: str | os.PathLike) -> Iterator[pathlib.Path]:
     yield folder
 
 
-def write_run(folder: pathlib.Path, config: ml_collections.ConfigDict, dataset: DatasetInfo) -> None:
-  """Writes what prediction needs besides the weights: `config.json` and `dataset.json`, each whole or not at all."""
-  contents = {CONFIG_FILE: configs.to_json(config), DATASET_FILE: dataclasses.asdict(dataset)}
-  for name, content in contents.items():
-    temporary = folder / f"{name}.partial"
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(folder / name)
-
-
-def read_run(workdir: str | os.PathLike) -> tuple[ml_collections.ConfigDict, DatasetInfo]:
-  """Reads what `write_run` wrote.
-
-  Args:
-    workdir: the folder of a run.
-
-  Returns:
-    (config, what is known of the training data).
-
-  Raises:
-    UserError: no workdir of a run, or a damaged one.
-  """
-  folder = pathlib.Path(workdir)
-  try:
-    config = configs.from_json(json.loads((folder / CONFIG_FILE).read_text()))
-    dataset = DatasetInfo.from_json(json.loads((folder / DATASET_FILE).read_text()))
-  except FileNotFoundError as error:
-    missing = pathlib.Path(error.filename).name
-    raise UserError(f"{folder}: not the workdir of a training run (no {missing})") from error
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise UserError(f"{folder}: {CONFIG_FILE} or {DATASET_FILE} is damaged ({error})") from error
-  return config, dataset
+def write_config(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+  """Writes `config.json`, for people to read; what programs need is in each checkpoint. Whole or not at all."""
+  temporary = folder / f"{CONFIG_FILE}.partial"
+  temporary.write_text(json.dumps(configs.to_json(config), indent=1) + "\n")
+  temporary.replace(folder / CONFIG_FILE)

@@ -33,6 +33,8 @@ def assert_user_mistake(result, *messages):
     (["--config=configs/quickstart.py", "--config.data.dir=nowhere"], ["nowhere", "manifest.json", "prepare"]),
     (["--config=configs/quickstart.py", "--config.optimizer.name=rmsprop"], ["'sgd', 'adamw', 'adam'"]),
     (["--config=configs/quickstart.py", "leftover"], ["leftover"]),
+    (["--config=configs/quickstart.py", "--config.nothing=1"], ["no such field", "nothing"]),
+    (["--config=configs/quickstart.py", "--config.seed=-1"], ["config.seed = -1"]),
     ([], ["--config"]),
   ],
 )

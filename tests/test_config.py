@@ -44,6 +44,8 @@ def test_a_missing_field_is_named():
     ("loss.scr_weight", -0.1, "at least 0"),
     ("augment.rotate_probability", 1.5, "between 0 and 1"),
     ("data.image_size", 8, "too small"),
+    ("seed", -1, "between 0 and"),
+    ("optimizer.learning_rate", float("inf"), "finite"),
   ],
 )
 def test_wrong_types_and_ranges_are_refused(name, value, message):
@@ -92,5 +94,5 @@ def test_differences_leave_out_what_changes_no_number():
 
 
 def test_every_field_has_a_rule_or_is_free():
-  free = {"seed", "data.verify"}
+  free = {"data.verify"}
   assert set(configs.flatten(configs.base_config())) == set(configs._RULES) | free

@@ -105,7 +105,7 @@ def test_names_follow_positions_of_blocks():
   ]
   first, last = sr.Features(((one, one, one),), ((one,),), one).blocks()
   assert list(first) == ["encoder_1/first", "decoder_1"]
-  assert list(last) == ["encoder_1/last", "decoder_1"]
+  assert list(last) == ["encoder_1/last"]
 
 
 def test_sown_features_that_do_not_make_sense_are_refused():

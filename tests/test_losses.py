@@ -163,6 +163,23 @@ def test_losses_are_global_under_pmap_and_shard_map(name):
       np.testing.assert_allclose(ours, theirs, atol=1e-6 * np.abs(theirs).max() + 1e-12, rtol=1e-5)
 
 
+def test_gradients_inside_a_mapped_function_average_to_the_global_gradient():
+  data = example_batch()
+  weight = jnp.float32(1.5)
+
+  def loss(weight, data, axis_name=None):
+    features = jax.tree.map(lambda x: x * weight, data["features"])
+    regularization = sr.self_regularization(features, jax.random.key(7), axis_name=axis_name)[0]
+    return regularization + sr.soft_dice(weight * data["logits"], data["labels"], axis_name=axis_name)
+
+  def gradient(weight, data):
+    return jax.lax.pmean(jax.grad(loss)(weight, data, "devices"), "devices")
+
+  expected = jax.grad(loss)(weight, data)
+  sharded = jax.pmap(gradient, axis_name="devices", in_axes=(None, 0))(weight, jax.tree.map(lambda x: x[:, None], data))
+  np.testing.assert_allclose(sharded, np.full(8, expected), rtol=1e-5)
+
+
 def test_losses_work_under_vmap():
   maps = random_map(0, 3, 2, 4, 4, 6)
   values = jax.vmap(sr.internal_feature_distillation)(maps)

@@ -109,11 +109,9 @@ def write_like(path: str | os.PathLike, array: np.ndarray, header: nib.Nifti1Hea
   header.set_data_dtype(array.dtype)
   header["cal_min"] = header["cal_max"] = 0  # the display range of the image means nothing for classes
   kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-  content = kind(array, None, header).to_bytes()
-  if path.suffix == ".gz":
-    content = gzip.compress(content, compresslevel=5, mtime=0)
-  temporary = path.with_name(path.name + ".partial")
-  temporary.write_bytes(content)
+  # nibabel compresses by the file's ending, slice by slice: no second copy of the volume in memory.
+  temporary = path.with_name(f"partial.{path.name}")
+  kind(array, None, header).to_filename(temporary)
   temporary.replace(path)
 
 
@@ -315,7 +313,9 @@ def check_image(volume: RawVolume, geometry: Geometry) -> None:
     raise CaseError(f"is constant: every voxel is {low:g}")
   slices, rows, columns = geometry.shape
   if min(rows, columns) < 2:
-    raise CaseError(f"slices of {rows} x {columns} voxels ({slices} of them) are too small; see --axis")
+    raise CaseError(
+      f"slices of {rows} x {columns} voxels ({slices} of them) are too small: at least two a side along the cut"
+    )
 
 
 def check_pair(image: RawVolume, label: RawVolume) -> None:

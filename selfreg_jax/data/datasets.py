@@ -310,6 +310,8 @@ def requested_classes(class_names: Sequence[str] | None, num_classes: int | None
   """
   if class_names is None and num_classes is None:
     return None
+  if num_classes is not None and num_classes < 2:
+    raise UserError(f"--num_classes={num_classes}: at least 2, the background and a class")
   if class_names is None:
     return check_classes((BACKGROUND, *(f"class_{index}" for index in range(1, num_classes))), "--num_classes")
   if BACKGROUND in class_names:

@@ -143,6 +143,35 @@ class Manifest:
     return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
 
 
+class CaseArrays:
+  """Memory maps of a prepared dataset's arrays, opened on first use and kept open.
+
+  Attributes:
+    directory: the dataset's folder.
+  """
+
+  def __init__(self, directory: str | os.PathLike):
+    self.directory = pathlib.Path(directory)
+    self._maps: dict[str, np.ndarray] = {}
+
+  def __getstate__(self):
+    # Worker processes open their own maps: pickling one would send its bytes.
+    return {"directory": self.directory, "_maps": {}}
+
+  def image(self, case: Case) -> np.ndarray:
+    """(slices, rows, columns, channels) stored values."""
+    return self._map(case.image)
+
+  def label(self, case: Case) -> np.ndarray:
+    """(slices, rows, columns) uint8 class ids."""
+    return self._map(case.label)
+
+  def _map(self, name: str) -> np.ndarray:
+    if name not in self._maps:
+      self._maps[name] = np.load(self.directory / name, mmap_mode="r")
+    return self._maps[name]
+
+
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:
   """What prediction must know of the dataset that a network was trained on; see `Manifest` for the fields."""

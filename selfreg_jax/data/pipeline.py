@@ -7,48 +7,18 @@ position of a run in its data is nothing but its step.
 import dataclasses
 import functools
 import os
-import pathlib
 from collections.abc import Iterator
 
 import grain
 import numpy as np
 
-from selfreg_jax.data.manifest import Case, Manifest
+from selfreg_jax.data.manifest import Case, CaseArrays, Manifest
 from selfreg_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
 # Length of the "endless" stream: Grain's own endless repetition overflows when it is cut into small batches.
 _POSITIONS = 1 << 40
-
-
-class CaseArrays:
-  """Memory maps of a prepared dataset's arrays, opened on first use and kept open.
-
-  Attributes:
-    directory: the dataset's folder.
-  """
-
-  def __init__(self, directory: str | os.PathLike):
-    self.directory = pathlib.Path(directory)
-    self._maps: dict[str, np.ndarray] = {}
-
-  def __getstate__(self):
-    # Worker processes open their own maps: pickling one would send its bytes.
-    return {"directory": self.directory, "_maps": {}}
-
-  def image(self, case: Case) -> np.ndarray:
-    """(slices, rows, columns, channels) stored values."""
-    return self._map(case.image)
-
-  def label(self, case: Case) -> np.ndarray:
-    """(slices, rows, columns) uint8 class ids."""
-    return self._map(case.label)
-
-  def _map(self, name: str) -> np.ndarray:
-    if name not in self._maps:
-      self._maps[name] = np.load(self.directory / name, mmap_mode="r")
-    return self._maps[name]
 
 
 class SliceDataset:

@@ -218,6 +218,8 @@ def _checked_intensity(options: PrepareOptions) -> Intensity:
     raise UserError("--image_glob and --label_glob go together; give both or none")
   if options.orientation not in cases.ORIENTATIONS or options.axis not in range(3):
     raise UserError(f"--orientation={options.orientation} --axis={options.axis}: it is ras or stored, and 0, 1 or 2")
+  if options.seed < 0:
+    raise UserError(f"--seed={options.seed}: seeds are not negative")
   if options.workers is not None and options.workers < 1:
     raise UserError(f"--workers={options.workers}: at least one is needed")
   _check_split_options(options)
@@ -253,7 +255,8 @@ def _intensity(
       "--normalize=zscore; --normalize=minmax keeps the whole range of each volume, outliers included"
     )
   low, high = float(window[0]), float(window[1])
-  if not (math.isfinite(low) and math.isfinite(high) and low < high):
+  # Compared as the float32 that the mapping computes in: two ends that round to one would divide by zero.
+  if not (math.isfinite(low) and math.isfinite(high) and np.float32(low) < np.float32(high)):
     raise UserError(f"--window {low:g} {high:g}: two finite numbers are needed, the lower one first")
   return Intensity("window", low, high)
 
@@ -304,16 +307,15 @@ def _write_phantoms(output: pathlib.Path, options: PrepareOptions) -> pathlib.Pa
   """Writes the raw files of made-up cases; returns their folder."""
   from selfreg_jax.data import phantom  # imports SciPy, which workers do without
 
+  train_cases = 18 if options.phantom_train_cases is None else options.phantom_train_cases
+  test_cases = 6 if options.phantom_test_cases is None else options.phantom_test_cases
+  if min(train_cases, test_cases) < 0 or train_cases + test_cases < 1:
+    raise UserError(f"{train_cases} training and {test_cases} test cases: at least one case is needed, and no negative")
   folder = pathlib.Path(options.source) if options.source is not None else output / _RAW_PHANTOMS
   if folder.exists():
     _remove_phantoms(folder)
   print(f"writing made-up cases to {folder}", file=sys.stderr, flush=True)
-  phantom.write_msd(
-    folder,
-    train_cases=18 if options.phantom_train_cases is None else options.phantom_train_cases,
-    test_cases=6 if options.phantom_test_cases is None else options.phantom_test_cases,
-    seed=options.seed,
-  )
+  phantom.write_msd(folder, train_cases=train_cases, test_cases=test_cases, seed=options.seed)
   return folder
 
 
@@ -563,7 +565,9 @@ def summary(made: Manifest, output: str | os.PathLike) -> str:
   for class_id, name in enumerate(made.classes):
     counts = ", ".join(str(split[class_id]) for split in with_classes)
     lines.append(f"  {class_id:>3} {name:<20}{voxels[class_id] / voxels.sum():>10.3%}   {counts}")
-  lines.append(f"next: python train.py --config=configs/folder.py --config.data.dir={output} --workdir=runs/first")
+  config = "quickstart" if made.dataset == "phantom" else "folder"
+  if made.splits["train"]:
+    lines.append(f"next: python train.py --config=configs/{config}.py --config.data.dir={output} --workdir=runs/first")
   return "\n".join(lines)
 
 

@@ -28,15 +28,21 @@ def _resize(images: Array, scale: Array, tables: augment.ResizeTables) -> Array:
 
 
 @jax.jit
-def _classes(logits: Array) -> Array:
-  return jnp.argmax(logits, axis=-1).astype(jnp.uint8)
+def _classes(logits: Array) -> tuple[Array]:
+  return (jnp.argmax(logits, axis=-1).astype(jnp.uint8),)
+
+
+@jax.jit
+def _classes_and_probabilities(logits: Array) -> tuple[Array, Array]:
+  return *_classes(logits), jax.nn.softmax(logits.astype(jnp.float32))
 
 
 class SlicePredictor:
   """Predicts volumes slice by slice with the protocol of TransUNet and of the authors.
 
   Each slice is resized by cubic B-splines to the network's size, the class map is brought back by nearest neighbours.
-  The device sees one shape only, whatever the volumes: batches of `batch_size` slices of image_size x image_size.
+  The network sees one shape only, whatever the volumes: batches of `batch_size` slices of image_size x image_size. Only
+  the resize, which is two matrix products, is compiled for each native size.
 
   Attributes:
     image_size: pixels a side that the network sees.
@@ -60,14 +66,14 @@ class SlicePredictor:
       (S, rows, columns) uint8.
     """
     native = np.empty(slices.shape[:3], np.uint8)
-    rows, columns = self._nearest_back(slices.shape)
-    for start, count, logits in self._logits(predict_fn, slices, scale):
-      small = np.asarray(_classes(logits))[:count]
-      native[start : start + count] = small[:, rows[:, None], columns[None, :]]
+    for part, (classes,) in self._predict(predict_fn, slices, scale, _classes):
+      native[part] = classes
     return native
 
-  def probabilities(self, predict_fn: PredictFn, slices: np.ndarray, *, scale: float = 1.0) -> np.ndarray:
-    """Softmax probabilities of a volume on its own grid; their argmax is `classes`, which see.
+  def probabilities(
+    self, predict_fn: PredictFn, slices: np.ndarray, *, scale: float = 1.0
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Class map and softmax probabilities of a volume on its own grid; see `classes`.
 
     Args:
       predict_fn: see `classes`.
@@ -75,23 +81,40 @@ class SlicePredictor:
       scale: see `classes`.
 
     Returns:
-      (S, rows, columns, classes) float32.
+      (S, rows, columns) uint8 classes, and (S, rows, columns, classes) float32 probabilities, whose argmax they are.
     """
-    rows, columns = self._nearest_back(slices.shape)
-    parts = []
-    for _, count, logits in self._logits(predict_fn, slices, scale):
-      small = np.asarray(jax.nn.softmax(logits.astype(jnp.float32)))[:count]
-      parts.append(small[:, rows[:, None], columns[None, :]])
-    return np.concatenate(parts)
+    native = np.empty(slices.shape[:3], np.uint8)
+    by_class = None
+    for part, (classes, probabilities) in self._predict(predict_fn, slices, scale, _classes_and_probabilities):
+      if by_class is None:
+        by_class = np.empty((*slices.shape[:3], probabilities.shape[-1]), np.float32)
+      native[part], by_class[part] = classes, probabilities
+    return native, by_class
 
-  def _nearest_back(self, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    return tuple(augment.nearest_indices(self.image_size, size) for size in shape[1:3])
+  def _predict(
+    self, predict_fn: PredictFn, slices: np.ndarray, scale: float, finish: Callable[[Array], tuple[Array, ...]]
+  ) -> Iterator[tuple[slice, tuple[np.ndarray, ...]]]:
+    """Parts of the volume with what `finish` makes of their logits, on the volume's own grid.
 
-  def _logits(self, predict_fn: PredictFn, slices: np.ndarray, scale: float) -> Iterator[tuple[int, int, Array]]:
-    tables = augment.ResizeTables.build([slices.shape[1:3]], self.image_size)
+    The next batch is on its way to the device before the results of the last one are fetched.
+    """
+    shape = slices.shape[1:3]
+    tables = jax.device_put(augment.ResizeTables.build([shape], self.image_size), meshes.replicated(self._mesh))
+    rows, columns = (augment.nearest_indices(self.image_size, size) for size in shape)
+
+    def fetch(part: slice, results: tuple[Array, ...]) -> tuple[slice, tuple[np.ndarray, ...]]:
+      count = part.stop - part.start
+      return part, tuple(np.asarray(array)[:count][:, rows[:, None], columns[None, :]] for array in results)
+
+    pending = None
     for start in range(0, len(slices), self.batch_size):
       batch = np.asarray(slices[start : start + self.batch_size])
-      count = len(batch)
-      batch = np.pad(batch, [(0, self.batch_size - count)] + [(0, 0)] * 3)
+      part = slice(start, start + len(batch))
+      batch = np.pad(batch, [(0, self.batch_size - len(batch))] + [(0, 0)] * 3)
       images = _resize(meshes.place_batch(batch, self._mesh), scale, tables)
-      yield start, count, predict_fn(images)
+      results = finish(predict_fn(images))
+      if pending is not None:
+        yield fetch(*pending)
+      pending = (part, results)
+    if pending is not None:
+      yield fetch(*pending)

@@ -59,7 +59,7 @@ def print_table(block: Mapping[str, Any], output: console.Console, *, protocol: 
   names = protocols.METRICS[protocol]
   result = table.Table(title=_CAPTIONS[protocol], title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
   result.add_column("class", overflow="fold", max_width=20)
-  result.add_column("Dice % [95 % interval]", justify="right", no_wrap=True)
+  result.add_column("Dice % [95 % CI]", justify="right", no_wrap=True)
   result.add_column(f"HD95 {unit}", justify="right", no_wrap=True)
   result.add_column(f"ASSD {unit}", justify="right", no_wrap=True)
   if "nsd" in names:
@@ -335,6 +335,7 @@ def overlay_case(
   axcodes: Sequence[str] | None,
   spacing: Sequence[float],
   title: str,
+  scale: float = 1.0,
 ) -> None:
   """Draws a case as a PNG: its best, median and worst slice with truth, prediction and errors.
 
@@ -353,6 +354,7 @@ def overlay_case(
       radiological view. None for photographs and the like: shown as stored.
     spacing: (3,) between voxel centres along (slice, row, column), in mm.
     title: of the picture, as a rule the case id.
+    scale: image * scale is what is shown; only the slices that are drawn are scaled.
 
   Raises:
     ValueError: shapes differ, class maps hold ids without a name, axcodes or spacing are not what they should be.
@@ -374,7 +376,8 @@ def overlay_case(
     row_spacing, column_spacing = column_spacing, row_spacing
 
   indices = list(chosen)
-  images = [turn.apply(array) for array in _displayable(image[indices])]
+  chosen_slices = image[indices] if scale == 1 else image[indices] * np.float32(scale)
+  images = [turn.apply(array) for array in _displayable(chosen_slices)]
   predictions = [turn.apply(prediction[index]) for index in indices]
   truths = None if truth is None else [turn.apply(truth[index]) for index in indices]
   height, width = images[0].shape[:2]

@@ -13,12 +13,12 @@ import numpy as np
 from rich.console import Console
 
 from selfreg_jax import config as configs
-from selfreg_jax.data import cases, pipeline
+from selfreg_jax.data import cases
 from selfreg_jax.data import manifest as manifests
 from selfreg_jax.data.manifest import Case, DatasetInfo, Manifest
 from selfreg_jax.errors import UserError
 from selfreg_jax.evaluation import protocols, report
-from selfreg_jax.evaluation.predictor import Predictor
+from selfreg_jax.predictor import Predictor
 
 _VERSIONED = ("selfreg-jax", "jax", "flax", "numpy", "scipy", "nibabel")
 _CHANNEL_SUFFIX = "_0000"  # nnU-Net names the first channel of a case so
@@ -45,15 +45,17 @@ def score_dataset(
   Raises:
     UserError: the dataset does not fit the network, or the split is empty.
   """
-  manifest = manifests.load(directory)
+  manifest = manifests.load(directory, verify=predictor.config.data.verify)
   check_fits(predictor.dataset, manifest, directory)
   split_cases = manifest.split(split)
   if not split_cases:
     raise UserError(f"{directory}: the {split} split is empty; prepare the dataset with {split} cases, or give --split")
   output = pathlib.Path(output)
-  arrays = pipeline.CaseArrays(directory)
-  for folder in ("overlays", "predictions"):
-    (output / folder).mkdir(parents=True, exist_ok=True)
+  arrays = manifests.CaseArrays(directory)
+  for folder, ending in (("overlays", "*.png"), ("predictions", "*.nii.gz")):
+    make_folder(output / folder)
+    for stale in (output / folder).glob(ending):  # of an earlier evaluation, perhaps of other cases
+      stale.unlink()
 
   scores: dict[str, dict[str, protocols.ClassTable]] = {protocol: {} for protocol in protocols.PROTOCOLS}
   for number, case in enumerate(split_cases, 1):
@@ -70,12 +72,13 @@ def score_dataset(
     write_prediction(output / "predictions" / f"{case.id}.nii.gz", prediction, case, manifest)
     report.overlay_case(
       output / "overlays" / f"{case.id}.png",
-      np.asarray(image, np.float32) * np.float32(manifest.scale),
+      image,
       truth,
       prediction,
       class_names=manifest.classes,
       axcodes=case.axcodes,
       spacing=case.spacing,
+      scale=manifest.scale,
       title=f"{case.id}, {shown}",
     )
     seconds = time.monotonic() - start
@@ -117,7 +120,7 @@ def check_fits(trained: DatasetInfo, manifest: Manifest, directory: str | os.Pat
 def write_prediction(path: pathlib.Path, prediction: np.ndarray, case: Case, manifest: Manifest) -> None:
   """Writes a prepared case's class map (slices, rows, columns) on the grid and under the header of its image file."""
   geometry = cases.Geometry(case.affine, case.file_shape, manifest.orientation, manifest.axis)
-  cases.write_like(path, np.ascontiguousarray(geometry.from_slices(prediction)), cases.unpack_header(case.header))
+  cases.write_like(path, geometry.from_slices(prediction), cases.unpack_header(case.header))
 
 
 def predict_folder(
@@ -147,13 +150,13 @@ def predict_folder(
     UserError: no files, clashing names, or files that cannot be used.
   """
   files = find_inputs(pathlib.Path(folder), pathlib.Path(output))
-  pathlib.Path(output).mkdir(parents=True, exist_ok=True)
+  make_folder(pathlib.Path(output))
   written, faults = [], []
   for number, (name, path) in enumerate(files.items(), 1):
     start = time.monotonic()
     try:
       volume = cases.read_nifti(path)
-      cases.check_image(volume, cases.Geometry(volume.affine, volume.array.shape, predictor.dataset.orientation))
+      cases.check_image(volume, predictor.geometry(volume.array.shape, volume.affine))
     except cases.CaseError as error:
       faults.append(f"{path.name}: {error}")
       console.print(f"{number}/{len(files)} {path.name}: skipped, {error}", markup=False, highlight=False)
@@ -163,7 +166,7 @@ def predict_folder(
     target = pathlib.Path(output) / f"{name}.nii.gz"
     if by_class is not None:
       cases.write_like(target.with_name(f"{name}_probabilities.nii.gz"), by_class, volume.header)
-    cases.write_like(target, np.ascontiguousarray(classes), volume.header)
+    cases.write_like(target, classes, volume.header)
     written.append(target)
     seconds = time.monotonic() - start
     console.print(f"{number}/{len(files)} {path.name} -> {target} in {seconds:.1f} s", markup=False, highlight=False)
@@ -172,10 +175,18 @@ def predict_folder(
   return written
 
 
+def make_folder(path: pathlib.Path) -> None:
+  """Creates a folder for results; raises UserError where that cannot be."""
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f"{path}: cannot be made a folder for results ({error.strerror}); see --output") from error
+
+
 def find_inputs(folder: pathlib.Path, output: pathlib.Path) -> dict[str, pathlib.Path]:
   """The NIfTI files of a folder by case name; raises UserError where there are none or names clash."""
   if not folder.is_dir():
-    raise UserError(f"{folder}: no such folder (--input)")
+    raise UserError(f"{folder}: is {'a file, not a folder' if folder.exists() else 'no folder'}; see --input")
   if output.resolve() == folder.resolve():
     raise UserError(f"{output}: --output must be another folder than --input, whose files it would overwrite")
   files: dict[str, pathlib.Path] = {}

@@ -1,5 +1,6 @@
 """From the section `model` of a config to a network."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -20,9 +21,8 @@ def build_model(config: ml_collections.ConfigDict, num_classes: int) -> nn.Modul
   Returns:
     The Linen module.
   """
-  return UNet(
-    num_classes=num_classes, widths=tuple(config.widths), upsample=config.upsample, dtype=jnp.dtype(config.dtype)
-  )
+  builders = {"unet": functools.partial(UNet, widths=tuple(config.widths), upsample=config.upsample)}
+  return builders[config.name](num_classes=num_classes, dtype=jnp.dtype(config.dtype))
 
 
 def abstract_variables(model: nn.Module, image_size: int, channels: int) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Checkpoints of a workdir with Orbax: the latest and the best, each one unit of state, config and checksums."""
 
+import dataclasses
 import os
 import pathlib
 import zlib
@@ -12,23 +13,25 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from selfreg_jax import config as configs
+from selfreg_jax.data.manifest import DatasetInfo, Manifest
 from selfreg_jax.errors import UserError
 from selfreg_jax.training.step import TrainState
 
 METRIC = "val_dice"
-_FOLDER = "checkpoints"
+FOLDER = "checkpoints"
 
 
 class Checkpoints:
   """The checkpoints of one workdir.
 
   A checkpoint holds the items "variables" (parameters and running statistics: all that prediction needs), "training"
-  (optimizer state, step, key; the position in the data is the step), "config" and "meta" (fingerprint of the dataset,
-  a CRC-32 per array, because Orbax restores flipped bytes without a word).
+  (optimizer state, step, key; the position in the data is the step), "config", "dataset" (what prediction must know of
+  the training data, and their fingerprint) and "checksums" (a CRC-32 per array, because Orbax restores flipped bytes
+  without a word). It is complete in itself: nothing else in the workdir is needed to use it.
   """
 
   def __init__(self, workdir: str | os.PathLike, *, read_only: bool = False):
-    self._directory = pathlib.Path(workdir).absolute() / _FOLDER
+    self._directory = pathlib.Path(workdir).absolute() / FOLDER
     policy = checkpoint_managers.AnyPreservationPolicy(
       [
         checkpoint_managers.LatestN(1),
@@ -59,26 +62,32 @@ class Checkpoints:
     return None if metrics is None else _metric(metrics)
 
   def save(
-    self, state: TrainState, config: ml_collections.ConfigDict, *, dataset: str, val_dice: float | None = None
+    self,
+    state: TrainState,
+    config: ml_collections.ConfigDict,
+    manifest: Manifest,
+    *,
+    val_dice: float | None = None,
   ) -> None:
     """Saves in the background; only the latest and the best checkpoint are kept.
 
     Args:
       state: to save; its step names the checkpoint.
       config: of the run.
-      dataset: fingerprint of the prepared dataset.
+      manifest: of the prepared dataset.
       val_dice: mean foreground Dice on the validation cases, if validated.
     """
     step = int(state.step)
     items = _items(state)
-    meta = {"dataset": dataset, "checksums": {name: _checksums(item) for name, item in items.items()}}
+    dataset = {**dataclasses.asdict(DatasetInfo.of(manifest)), "fingerprint": manifest.fingerprint()}
     saved = self._manager.save(
       step,
       args=ocp.args.Composite(
         variables=ocp.args.StandardSave(items["variables"]),
         training=ocp.args.StandardSave(items["training"]),
         config=ocp.args.JsonSave(configs.to_json(config)),
-        meta=ocp.args.JsonSave(meta),
+        dataset=ocp.args.JsonSave(dataset),
+        checksums=ocp.args.JsonSave({name: _checksums(item) for name, item in items.items()}),
       ),
       metrics=None if val_dice is None else {METRIC: val_dice},
     )
@@ -87,12 +96,13 @@ class Checkpoints:
 
   def config(self, step: int) -> ml_collections.ConfigDict:
     """The config that a checkpoint was trained with."""
-    restored = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
-    return configs.from_json(restored["config"])
+    return configs.from_json(self._read(step, "config"))
 
-  def dataset(self, step: int) -> str:
-    """Fingerprint of the dataset that a checkpoint was trained on."""
-    return self._meta(step)["dataset"]
+  def dataset(self, step: int) -> tuple[DatasetInfo, str]:
+    """What is known of the dataset that a checkpoint was trained on, and its fingerprint."""
+    content = dict(self._read(step, "dataset"))
+    fingerprint = content.pop("fingerprint")
+    return DatasetInfo.from_json(content), fingerprint
 
   def restore(self, step: int, abstract_state: TrainState) -> TrainState:
     """Restores everything, bit for bit.
@@ -125,20 +135,24 @@ class Checkpoints:
     # Waits for what is being written, also when the run ends in an error: a checkpoint taken is a checkpoint kept.
     self._manager.close()
 
-  def _meta(self, step: int) -> dict[str, Any]:
-    return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+  def _read(self, step: int, item: str) -> dict[str, Any]:
+    return self._restore_items(step, {item: ocp.args.JsonRestore()})[item]
+
+  def _restore_items(self, step: int, args: dict[str, Any]) -> Any:
+    try:
+      return self._manager.restore(step, args=ocp.args.Composite(**args))
+    except Exception as error:  # Orbax raises bare and undocumented types for damaged files and for other networks
+      reason = (str(error).splitlines() or [type(error).__name__])[0]
+      others = [other for other in self._manager.all_steps() if other != step]
+      hint = f"; remove the folder to go on from step {max(others)}" if others else ""
+      raise UserError(
+        f"{self._directory / str(step)}: cannot be restored; it is damaged or of another network ({reason}){hint}"
+      ) from error
 
   def _restore(self, step: int, abstract_items: dict[str, Any]) -> dict[str, Any]:
     path = self._directory / str(step)
-    args = {name: ocp.args.StandardRestore(item) for name, item in abstract_items.items()}
-    try:
-      expected = self._meta(step)["checksums"]
-      restored = self._manager.restore(step, args=ocp.args.Composite(**args))
-    except Exception as error:  # Orbax raises bare and undocumented types for damaged files and for other networks
-      reason = (str(error).splitlines() or [type(error).__name__])[0]
-      raise UserError(
-        f"{path}: cannot be restored; it is damaged or was saved by another network ({reason})"
-      ) from error
+    expected = self._read(step, "checksums")
+    restored = self._restore_items(step, {n: ocp.args.StandardRestore(item) for n, item in abstract_items.items()})
     items = {name: restored[name] for name in abstract_items}
     for name, item in items.items():
       damaged = sorted(set(_checksums(item).items()) ^ set(expected[name].items()))

@@ -5,13 +5,14 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 from clu import parameter_overview
 from jax.sharding import Mesh
 
@@ -20,7 +21,7 @@ from selfreg_jax import mesh as meshes
 from selfreg_jax import workdir as workdirs
 from selfreg_jax.data import augment, pipeline
 from selfreg_jax.data import manifest as manifests
-from selfreg_jax.data.manifest import DatasetInfo, Manifest
+from selfreg_jax.data.manifest import Case, DatasetInfo, Manifest
 from selfreg_jax.errors import UserError
 from selfreg_jax.evaluation import metrics as volume_metrics
 from selfreg_jax.evaluation import protocols, report
@@ -28,10 +29,13 @@ from selfreg_jax.evaluation.inference import SlicePredictor, make_apply
 from selfreg_jax.models.factory import build_model
 from selfreg_jax.training import optimizer as optimizers
 from selfreg_jax.training.checkpoints import Checkpoints
-from selfreg_jax.training.journal import Journal
+from selfreg_jax.training.logging import RunLogger
+from selfreg_jax.training.signals import TrainingInterruptedError, stop_requests
 from selfreg_jax.training.step import NO_STEP, Batch, TrainState, create_state, make_loss, make_train_step, named_key
 
 _PANEL_SLICES = 4
+_PANEL_WIDTH = 900  # pixels that small slices are enlarged to
+_FIXED_BY_CHECKPOINT = ("config.model.name", "config.model.widths", "config.model.upsample", "config.optimizer.name")
 _STEPS_IN_FLIGHT = 2
 
 
@@ -61,9 +65,15 @@ def train_and_evaluate(
   Raises:
     UserError: the config, the data or the workdir cannot be used.
     TrainingDivergedError: the loss became NaN or infinite.
+    TrainingInterruptedError: SIGTERM or SIGINT came; the last step is finished and saved.
   """
   # 1. Everything that can be wrong, before any compute.
   configs.validate(config)
+  config = configs.with_absolute_paths(config)
+  if jax.process_count() > 1:
+    raise UserError(
+      f"training in several processes ({jax.process_count()}) is not supported yet; use one, all its devices"
+    )
   mesh = meshes.make_mesh(devices)
   meshes.check_batch_size(config.data.batch_size, mesh)
   manifest = manifests.load(config.data.dir, verify=config.data.verify)
@@ -77,7 +87,6 @@ def train_and_evaluate(
     start_step = checkpoints.latest_step() or 0
     if start_step:
       check_same_run(checkpoints, start_step, config, manifest, override=override)
-    workdirs.write_run(folder, config, DatasetInfo.of(manifest))
 
     # 2. Network, optimizer, state: initialized under jit, where they will live.
     model = build_model(config.model, manifest.num_classes)
@@ -100,38 +109,50 @@ def train_and_evaluate(
     tables = jax.device_put(augment.ResizeTables.build(dataset.shapes, config.data.image_size), meshes.replicated(mesh))
     input_fn = make_input_fn(config, manifest, tables)
     train_step = meshes.jit_for(
-      mesh, make_train_step(model, make_loss(config.loss), optimizer, input_fn=input_fn), donate_argnums=0
+      mesh,
+      make_train_step(model, make_loss(config.loss), optimizer, input_fn=input_fn),
+      donate_argnums=0,
+      out_shardings=meshes.replicated(mesh),
     )
     validation = Validation(config, manifest, make_apply(model), mesh)
 
+    workdirs.write_config(folder, config)  # only now: a checkpoint that does not fit must leave the workdir as it was
+
     # 4. The loop.
-    with Journal(folder, start_step=start_step, steps=steps) as journal:
-      introduce(journal, state, config, manifest, mesh, steps, start_step)
+    with RunLogger(folder, start_step=start_step, steps=steps) as logger, stop_requests() as stop:
+      introduce(logger, state, config, manifest, mesh, steps, start_step)
       batches = pipeline.iterate(stream, start_step, threads=config.data.threads, prefetch=config.data.prefetch)
-      meter = Meter(config.data.batch_size)
+      accumulator = MetricAccumulator(config.data.batch_size)
       for step in range(start_step, steps):
         batch = meshes.place_batch(next(batches), mesh)
         if step == start_step:
-          train_step = compile_step(journal, train_step, state, batch)
-          meter.restart()
+          train_step = compile_step(logger, train_step, state, batch)
+          accumulator.restart()
         state, metrics = train_step(state, batch)
-        meter.add(metrics)
+        accumulator.add(metrics)
         done = step + 1
-        journal.advance(done)
+        logger.advance(done)
         validated = done % config.train.validate_every == 0 or done == steps
-        if validated or done % config.train.log_every == 0:
-          record_training(journal, meter, state, done, schedule, functools.partial(_case_names, dataset, stream))
+        if validated or stop or done % config.train.log_every == 0:
+          record_training(logger, accumulator, state, done, schedule, functools.partial(_case_names, dataset, stream))
         if validated:
-          with journal.busy("validating"):
-            val_dice = validation.run(journal, state, done)
-          checkpoints.save(state, config, dataset=manifest.fingerprint(), val_dice=val_dice)
-          meter.restart()
+          val_dice = validation.run(logger, state, done)
+          checkpoints.save(state, config, manifest, val_dice=val_dice)
+          accumulator.restart()
+        if stop and done < steps:
+          if not validated:
+            checkpoints.save(state, config, manifest)
+          checkpoints.wait()
+          logger.say(f"stopped by {stop.signal_name} after step {done}; saved")
+          raise TrainingInterruptedError(f"stopped by {stop.signal_name} at step {done}; the same command continues")
       checkpoints.wait()
-      conclude(journal, checkpoints, steps, folder)
+      conclude(logger, checkpoints, max(start_step, steps), folder)
   return state
 
 
-def make_input_fn(config: ml_collections.ConfigDict, manifest: Manifest, tables: augment.ResizeTables):
+def make_input_fn(
+  config: ml_collections.ConfigDict, manifest: Manifest, tables: augment.ResizeTables
+) -> Callable[[jax.Array, Batch], Batch]:
   """Augmentation and resize of a batch on the device, each slice keyed by its place in the run's stream.
 
   Args:
@@ -140,14 +161,13 @@ def make_input_fn(config: ml_collections.ConfigDict, manifest: Manifest, tables:
     tables: for the sizes of the training slices.
 
   Returns:
-    Function of (key, stored batch) -> batch with "image" and "label" as the network sees them.
+    Function of (key of the run, stored batch) -> batch with "image" and "label" as the network sees them.
   """
   recipe = augment.Augmentation(**config.augment)
 
   def input_fn(key: jax.Array, batch: Batch) -> Batch:
-    del key  # of the step: the position is unique over the whole run, and does not depend on the batch size
-    stream_key = named_key(jax.random.key(config.seed), "augment")
-    keys = jax.vmap(lambda position: jax.random.fold_in(stream_key, position))(batch["position"])
+    # A position is unique over the whole run, and does not depend on batch size, devices or processes.
+    keys = jax.vmap(lambda position: jax.random.fold_in(key, position))(batch["position"])
     image, label = augment.augment(
       keys, batch["image"], batch["label"], batch["size_index"], tables, scale=manifest.scale, augmentation=recipe
     )
@@ -159,9 +179,23 @@ def make_input_fn(config: ml_collections.ConfigDict, manifest: Manifest, tables:
 def check_same_run(
   checkpoints: Checkpoints, step: int, config: ml_collections.ConfigDict, manifest: Manifest, *, override: bool
 ) -> None:
-  """Refuses to continue a run with another config or other data, unless told to."""
+  """Refuses to continue a run with another config or other data, unless told to.
+
+  What the weights or the optimizer's state hang on (the network, the classes, what the images are) cannot be changed at
+  all: the checkpoint would not fit, or would be taken for something else than it is.
+  """
   problems = configs.differences(config, checkpoints.config(step))
-  if checkpoints.dataset(step) != manifest.fingerprint():
+  info, fingerprint = checkpoints.dataset(step)
+  fixed = [problem for problem in problems if problem.startswith(_FIXED_BY_CHECKPOINT)]
+  if info != DatasetInfo.of(manifest):
+    fixed.append(f"the dataset: {info} -> {DatasetInfo.of(manifest)}")
+  if fixed:
+    raise UserError(
+      f"the workdir holds a run at step {step} whose checkpoint cannot be continued so (then -> now):\n  "
+      + "\n  ".join(fixed)
+      + "\nGive another --workdir."
+    )
+  if fingerprint != manifest.fingerprint():
     problems.append(f"the dataset in {config.data.dir} is not the one trained on so far (its fingerprint differs)")
   if problems and not override:
     raise UserError(
@@ -172,7 +206,7 @@ def check_same_run(
 
 
 def introduce(
-  journal: Journal,
+  logger: RunLogger,
   state: TrainState,
   config: ml_collections.ConfigDict,
   manifest: Manifest,
@@ -181,31 +215,32 @@ def introduce(
   start_step: int,
 ) -> None:
   """Says what is about to be trained, on what."""
-  journal.note(parameter_overview.get_parameter_overview(state.params, include_stats=False))
-  journal.hparams(configs.flatten(config))
+  logger.note(parameter_overview.get_parameter_overview(state.params, include_stats=False))
+  logger.hparams(configs.flatten(config))
   train, val = manifest.split("train"), manifest.split("val")
   slices = sum(case.shape[0] for case in train)
   kind = mesh.devices.flat[0].device_kind
-  journal.console.print(parameter_overview.get_parameter_overview(state.params, include_stats=False), markup=False)
-  journal.say(f"data     {config.data.dir}: {len(train)} training cases ({slices} slices), {len(val)} validation cases")
-  journal.say(f"devices  {mesh.size} x {kind}, computing in {config.model.dtype}")
-  journal.say(f"steps    {start_step} to {steps} in batches of {config.data.batch_size}")
+  logger.console.print(parameter_overview.get_parameter_overview(state.params, include_stats=False), markup=False)
+  logger.say(f"data     {config.data.dir}: {len(train)} training cases ({slices} slices), {len(val)} validation cases")
+  logger.say(f"devices  {mesh.size} x {kind}, computing in {config.model.dtype}")
+  todo = f"{start_step} to {steps} in batches of {config.data.batch_size}" if start_step < steps else "none left to do"
+  logger.say(f"steps    {todo}")
   if not val:
-    journal.say("warning  the validation split is empty: no best checkpoint can be chosen, the latest one will count")
+    logger.say("warning  the validation split is empty: no best checkpoint can be chosen, the latest one will count")
   if start_step:
-    journal.say(f"resumed  from the checkpoint of step {start_step}")
+    logger.say(f"resumed  from the checkpoint of step {start_step}")
 
 
-def compile_step(journal: Journal, train_step: Any, state: TrainState, batch: Batch) -> Any:
+def compile_step(logger: RunLogger, train_step: Any, state: TrainState, batch: Batch) -> Any:
   """Compiles the step ahead of its first call, and says how long it takes: nothing else moves meanwhile."""
-  journal.say("compiling the training step ...")
+  logger.say("compiling the training step ...")
   start = time.monotonic()
   compiled = train_step.lower(state, batch).compile()
-  journal.say(f"compiled in {time.monotonic() - start:.0f} s")
+  logger.say(f"compiled in {time.monotonic() - start:.0f} s")
   return compiled
 
 
-class Meter:
+class MetricAccumulator:
   """Collects the metrics of steps on the device, and their pace, without reading anything back."""
 
   def __init__(self, batch_size: int):
@@ -231,9 +266,16 @@ class Meter:
     return steps, pace
 
 
-def record_training(journal: Journal, meter: Meter, state: TrainState, step: int, schedule, case_names) -> None:
+def record_training(
+  logger: RunLogger,
+  accumulator: MetricAccumulator,
+  state: TrainState,
+  step: int,
+  schedule: optax.Schedule,
+  case_names: Callable[[int], str],
+) -> None:
   """Writes the mean metrics since the last record, or stops the run if one of these steps was not finite."""
-  steps, pace = meter.read()
+  steps, pace = accumulator.read()
   failed = int(state.nonfinite_step)
   if failed != NO_STEP:
     terms = steps[failed - (step - len(steps))]
@@ -241,14 +283,14 @@ def record_training(journal: Journal, meter: Meter, state: TrainState, step: int
     message = (
       f"the loss or its gradient is not finite at step {failed}: {values}; cases of the batch: {case_names(failed)}"
     )
-    journal.note(message)
+    logger.note(message)
     raise TrainingDivergedError(message)
   means = {f"train/{name}": float(np.mean([metrics[name] for metrics in steps])) for name in steps[0]}
   means |= {"train/learning_rate": float(schedule(step - 1)), "train/slices_per_second": pace}
   shown = ("total", "ce", "dice", "scr", "ifd", "grad_norm")
   losses = "  ".join(f"{name} {means[f'train/{name}']:.4f}" for name in shown if f"train/{name}" in means)
   rate = f"rate {means['train/learning_rate']:.2e}"
-  journal.scalars(step, means, f"step {step}  {losses}  {rate}  {pace:.1f} slices/s")
+  logger.scalars(step, means, f"step {step}  {losses}  {rate}  {pace:.1f} slices/s")
 
 
 def _case_names(dataset: pipeline.SliceDataset, stream: Any, step: int) -> str:
@@ -263,19 +305,20 @@ class Validation:
   def __init__(self, config: ml_collections.ConfigDict, manifest: Manifest, apply: Any, mesh: Mesh):
     self._manifest = manifest
     self._cases = manifest.split("val")
-    self._arrays = pipeline.CaseArrays(config.data.dir)
+    self._arrays = manifests.CaseArrays(config.data.dir)
     self._apply = apply
     self._predictor = SlicePredictor(config.data.image_size, config.eval.batch_size, mesh)
 
-  def run(self, journal: Journal, state: TrainState, step: int) -> float | None:
+  def run(self, logger: RunLogger, state: TrainState, step: int) -> float | None:
     """Validates and records; returns the mean foreground Dice, or None where nothing can be scored."""
     if not self._cases:
-      journal.curves()
+      logger.curves()
       return None
     start = time.monotonic()
     predict_fn = functools.partial(self._apply, {"params": state.params, "batch_stats": state.batch_stats})
     per_case, pictures = [], []
     for index, case in enumerate(self._cases):
+      logger.alive(f"validating case {index + 1}/{len(self._cases)}")
       image, truth = self._arrays.image(case), self._arrays.label(case)
       prediction = self._predictor.classes(predict_fn, image, scale=self._manifest.scale)
       confusion = volume_metrics.confusion_matrix(prediction, truth, num_classes=self._manifest.num_classes)
@@ -288,12 +331,16 @@ class Validation:
       if len(scored):
         scalars[f"val/dice/{name}"] = float(scored.mean())
     line = f"step {step}  validation Dice {mean:.4f} on {len(per_case)} cases in {time.monotonic() - start:.1f} s"
-    journal.scalars(step, scalars, line)
-    journal.panel(step, report.overlay_panel(*zip(*pictures, strict=True), class_names=self._manifest.classes))
-    journal.curves()
+    logger.scalars(step, scalars, line)
+    panel = report.overlay_panel(*zip(*pictures, strict=True), class_names=self._manifest.classes)
+    enlarge = max(_PANEL_WIDTH // panel.shape[1], 1)
+    logger.panel(step, panel.repeat(enlarge, axis=0).repeat(enlarge, axis=1))
+    logger.curves()
     return None if np.isnan(mean) else mean
 
-  def _choose(self, index, case, image, truth, prediction) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+  def _choose(
+    self, index: int, case: Case, image: np.ndarray, truth: np.ndarray, prediction: np.ndarray
+  ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Slices of a case for the panel: evenly spaced among those with foreground, the same at every validation."""
     shares = [len(part) for part in np.array_split(range(_PANEL_SLICES), len(self._cases))]
     candidates = case.foreground_slices or range(case.shape[0])
@@ -303,11 +350,11 @@ class Validation:
       yield tuple(report.radiological(array, case.axcodes) for array in arrays)
 
 
-def conclude(journal: Journal, checkpoints: Checkpoints, steps: int, folder: pathlib.Path) -> None:
+def conclude(logger: RunLogger, checkpoints: Checkpoints, steps: int, folder: pathlib.Path) -> None:
   """Says what came out and what to do with it."""
   best = checkpoints.best_step()
   metric = checkpoints.metric(best)
   score = "not validated" if metric is None else f"validation Dice {metric:.4f}"
-  journal.say(f"finished {steps} steps; best checkpoint: step {best}, {score}")
-  journal.say(f"curves   {folder / 'curves.png'}")
-  journal.say(f"next     python eval.py --workdir={folder}")
+  logger.say(f"{steps} steps done; best checkpoint: step {best}, {score}")
+  logger.say(f"curves   {folder / 'curves.png'}")
+  logger.say(f"next     python eval.py --workdir={folder}")

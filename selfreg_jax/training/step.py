@@ -112,7 +112,8 @@ def make_train_step(
     model: network that sows its features, called as `model(images, train=True)`.
     loss_fn: of (logits, features, batch, key) -> (loss, terms).
     optimizer: of the parameters.
-    input_fn: of (key, batch) -> batch, run on the device first: augmentation and resize.
+    input_fn: of (key, batch) -> batch, run on the device first: augmentation and resize. Its key is that of the run,
+      the same at every step: it folds in what makes a slice of the stream unique.
 
   Returns:
     Function of (state, batch) that gives the next state and scalar metrics: the loss's terms, "total" and "grad_norm".
@@ -122,7 +123,7 @@ def make_train_step(
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
     key = jax.random.fold_in(state.key, state.step)
     if input_fn is not None:
-      batch = input_fn(named_key(key, "input"), batch)
+      batch = input_fn(named_key(state.key, "input"), batch)
 
     def forward(params: Any) -> tuple[Array, tuple[dict[str, Array], Any]]:
       logits, updated = model.apply(

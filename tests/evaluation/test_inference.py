@@ -50,10 +50,11 @@ def threshold_fn(images):
 def test_probabilities_agree_with_classes():
   volume = np.random.default_rng(0).normal(size=(3, 20, 30, 1)).astype(np.float32)
   predictor = inference.SlicePredictor(32, 2, meshes.make_mesh(jax.devices()[:1]))
-  probabilities = predictor.probabilities(threshold_fn, volume)
+  classes, probabilities = predictor.probabilities(threshold_fn, volume)
   assert probabilities.shape == (3, 20, 30, 3)
   np.testing.assert_allclose(probabilities.sum(-1), 1, rtol=1e-6)
-  np.testing.assert_array_equal(probabilities.argmax(-1), predictor.classes(threshold_fn, volume))
+  np.testing.assert_array_equal(probabilities.argmax(-1), classes)
+  np.testing.assert_array_equal(predictor.classes(threshold_fn, volume), classes)
 
 
 def test_stored_values_are_scaled():

@@ -8,9 +8,7 @@ import pytest
 from rich.console import Console
 
 import selfreg_jax as sr
-from selfreg_jax import workdir as workdirs
 from selfreg_jax.data import manifest as manifests
-from selfreg_jax.data import pipeline
 from selfreg_jax.data.prepare import PrepareOptions, prepare
 from selfreg_jax.errors import UserError
 from selfreg_jax.evaluation import scoring
@@ -84,7 +82,7 @@ def test_scoring_refuses_what_does_not_fit(workdir, prepared, tmp_path, monkeypa
   manifest = manifests.load(prepared)
   object.__setattr__(manifest, "classes", ("background", "square", "disc"))
   object.__setattr__(manifest, "intensity", manifests.Intensity("minmax"))
-  monkeypatch.setattr(manifests, "load", lambda directory: manifest)
+  monkeypatch.setattr(manifests, "load", lambda directory, verify: manifest)
   with pytest.raises(UserError) as error:
     scoring.score_dataset(sr.load(workdir), prepared, split="test", output=tmp_path, console=quiet())
   assert "classes: trained with ('background', 'disc', 'square')" in str(error.value)
@@ -171,7 +169,7 @@ def test_prepared_cases_return_to_the_grid_of_their_files(tmp_path, workdir):
       num_classes=3, window=(-200.0, 200.0), workers=1, val_fraction=0.0,
     )
   )  # fmt: skip
-  arrays = pipeline.CaseArrays(tmp_path / "out")
+  arrays = manifests.CaseArrays(tmp_path / "out")
   for case in manifest.cases.values():
     scoring.write_prediction(tmp_path / "back.nii.gz", np.asarray(arrays.label(case)), case, manifest)
     saved, label = nib.load(tmp_path / "back.nii.gz"), nib.load(source / f"{case.id}_seg.nii.gz")
@@ -212,20 +210,23 @@ def test_inputs_that_cannot_be_told_apart_are_refused(tmp_path, names, output, m
     scoring.find_inputs(tmp_path / "in", tmp_path / output)
 
 
-def test_what_is_no_workdir_is_refused(tmp_path, workdir):
-  with pytest.raises(UserError, match=r"not the workdir of a training run \(no config.json\)"):
+def test_what_is_no_workdir_is_refused(tmp_path):
+  with pytest.raises(UserError, match="not the workdir of a training run"):
     sr.load(tmp_path)
-  for name in (workdirs.CONFIG_FILE, workdirs.DATASET_FILE):
-    (tmp_path / name).write_text((workdir / name).read_text())
   (tmp_path / "checkpoints").mkdir()
   with pytest.raises(UserError, match="no checkpoint yet"):
     sr.load(tmp_path)
-  (tmp_path / workdirs.CONFIG_FILE).write_text("{")
-  with pytest.raises(UserError, match="is damaged"):
-    sr.load(tmp_path)
 
 
-@pytest.mark.parametrize("volume", [np.zeros((4, 4)), np.full((4, 4, 4), np.nan)])
+@pytest.mark.parametrize(
+  "volume",
+  [
+    np.zeros((4, 4)),
+    np.full((4, 4, 4), np.nan),
+    np.zeros((4, 4, 4)),
+    np.zeros((4, 4, 4), complex),
+  ],
+)
 def test_volumes_that_cannot_be_predicted_are_refused(workdir, volume):
-  with pytest.raises(ValueError, match=r"\(x, y, z\)|NaN"):
+  with pytest.raises(ValueError, match=r"\(x, y, z\)|NaN|constant|real"):
     sr.load(workdir)(volume)

@@ -1,17 +1,21 @@
 import json
+import os
 import re
 import shutil
+import signal
 
 import jax
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+import selfreg_jax as sr
 from selfreg_jax import workdir as workdirs
 from selfreg_jax.data import manifest as manifests
 from selfreg_jax.errors import UserError
 from selfreg_jax.training import loop
 from selfreg_jax.training.checkpoints import Checkpoints
+from selfreg_jax.training.signals import TrainingInterruptedError
 from tests.conftest import make_small_config
 
 
@@ -51,7 +55,7 @@ def test_a_resumed_run_is_bit_identical_to_the_uninterrupted_one(whole_run, tmp_
 
   # Dies in step 5, after the checkpoint of step 3 and a record of step 4.
   with monkeypatch.context() as patch:
-    patch.setattr(loop.Journal, "advance", killing)
+    patch.setattr(loop.RunLogger, "advance", killing)
     with pytest.raises(Killed):
       train(config, tmp_path)
   checkpoints = Checkpoints(tmp_path, read_only=True)
@@ -99,7 +103,7 @@ def read_events(path):
 def test_latest_and_best_checkpoints_are_kept(small_config, tmp_path, monkeypatch):
   small_config.train.steps, small_config.train.validate_every = 8, 2
   scores = iter([0.3, 0.9, 0.5, 0.4])
-  monkeypatch.setattr(loop.Validation, "run", lambda self, journal, state, step: next(scores))
+  monkeypatch.setattr(loop.Validation, "run", lambda self, logger, state, step: next(scores))
   train(small_config, tmp_path)
   checkpoints = Checkpoints(tmp_path, read_only=True)
   assert checkpoints.latest_step() == 8
@@ -135,6 +139,57 @@ def test_override_continues_with_the_new_settings(small_config, tmp_path):
     train(small_config, tmp_path)
   state = train(small_config, tmp_path, override=True)
   assert int(state.step) == 6
+
+
+def test_each_checkpoint_is_used_with_its_own_settings(small_config, tmp_path, monkeypatch):
+  scores = iter([0.9, 0.1])
+  monkeypatch.setattr(loop.Validation, "run", lambda self, logger, state, step: next(scores))
+  small_config.train.steps = 3
+  train(small_config, tmp_path)
+  small_config.train.steps, small_config.data.image_size = 6, 48
+  train(small_config, tmp_path, override=True)
+  best, latest = sr.load(tmp_path), sr.load(tmp_path, checkpoint="latest")
+  assert (best.step, best.slices.image_size) == (3, 32)
+  assert (latest.step, latest.slices.image_size) == (6, 48)
+
+
+def test_an_override_that_cannot_work_leaves_the_workdir_as_it_was(whole_run):
+  config, workdir, _ = whole_run
+  changed = config.copy_and_resolve_references()
+  changed.model.widths = (8, 8, 8)
+  before = (workdir / "config.json").read_text()
+  with pytest.raises(UserError, match=r"config.model.widths: \[4, 6, 8\] -> \[8, 8, 8\]"):
+    train(changed, workdir, override=True)
+  assert (workdir / "config.json").read_text() == before
+  assert sr.load(workdir).step in (3, 6)
+
+
+def test_other_classes_are_refused_even_with_override(whole_run, monkeypatch):
+  config, workdir, _ = whole_run
+  manifest = manifests.load(config.data.dir)
+  object.__setattr__(manifest, "classes", ("background", "square", "disc"))
+  monkeypatch.setattr(manifests, "load", lambda directory, verify: manifest)
+  with pytest.raises(UserError, match="'square', 'disc'"):
+    train(config, workdir, override=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_step_and_the_run_continues_exactly(whole_run, tmp_path, monkeypatch, number):
+  config, _, expected = whole_run
+  advance = loop.RunLogger.advance
+
+  def interrupting(self, step):
+    advance(self, step)
+    if step == 5:
+      os.kill(os.getpid(), number)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.RunLogger, "advance", interrupting)
+    with pytest.raises(TrainingInterruptedError, match="step 5"):
+      train(config, tmp_path)
+  with Checkpoints(tmp_path, read_only=True) as checkpoints:
+    assert checkpoints.latest_step() == 5
+  assert trees_equal(variables_of(train(config, tmp_path)), expected)
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_terms_and_cases(small_config, tmp_path):

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import pathlib
 from typing import Any
 
 import jax
@@ -10,13 +11,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from selfreg_jax import mesh as meshes
-from selfreg_jax import workdir as workdirs
 from selfreg_jax.data import cases
 from selfreg_jax.data.manifest import DatasetInfo
 from selfreg_jax.errors import UserError
 from selfreg_jax.evaluation.inference import PredictFn, SlicePredictor, make_apply
 from selfreg_jax.models.factory import abstract_variables, build_model
-from selfreg_jax.training.checkpoints import Checkpoints
+from selfreg_jax.training.checkpoints import FOLDER, Checkpoints
 
 
 class Predictor:
@@ -47,6 +47,15 @@ class Predictor:
     apply = make_apply(build_model(config.model, len(dataset.classes)))
     self.predict_fn: PredictFn = functools.partial(apply, variables)
 
+  def geometry(self, shape: tuple[int, int, int], affine: np.ndarray | None) -> cases.Geometry:
+    """How the slices that the network sees lie in a volume's grid; see `__call__`."""
+    return cases.Geometry(
+      affine=np.eye(4) if affine is None else np.asarray(affine, float),
+      file_shape=shape,
+      orientation="stored" if affine is None else self.dataset.orientation,
+      axis=self.dataset.axis,
+    )
+
   def __call__(
     self, volume: np.ndarray, *, affine: np.ndarray | None = None, probabilities: bool = False
   ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
@@ -62,25 +71,27 @@ class Predictor:
       (x, y, z) uint8 class ids on the volume's own grid; with `probabilities` also (x, y, z, classes) float32.
 
     Raises:
-      ValueError: a volume that is not three-dimensional, or not finite.
+      ValueError: a volume that is not three-dimensional, not real, not finite, or constant; an affine that is none.
     """
+    volume = np.asarray(volume)
     if volume.ndim != 3:
       raise ValueError(f"expected a volume (x, y, z), got shape {volume.shape}")
+    if volume.dtype.kind not in "biuf":
+      raise ValueError(f"expected real numbers, got a volume of {volume.dtype}")
     if not np.isfinite(volume).all():
       raise ValueError("the volume holds NaN or infinite voxels")
-    orientation = "stored" if affine is None else self.dataset.orientation
-    geometry = cases.Geometry(
-      affine=np.eye(4) if affine is None else np.asarray(affine, float),
-      file_shape=volume.shape,
-      orientation=orientation,
-      axis=self.dataset.axis,
-    )
+    if affine is not None:
+      affine = np.asarray(affine, float)
+      if affine.shape != (4, 4) or not np.isfinite(affine).all() or abs(np.linalg.det(affine)) < 1e-12:
+        raise ValueError(f"the affine must be an invertible (4, 4) matrix, got {affine.tolist()}")
+    if volume.min() == volume.max():
+      raise ValueError(f"the volume is constant: every voxel is {volume.min()}")
+    geometry = self.geometry(volume.shape, affine)
     slices = geometry.to_slices(cases.apply_intensity(volume, self.dataset.intensity))[..., None]
     if not probabilities:
       return geometry.from_slices(self.slices.classes(self.predict_fn, slices))
-    by_class = self.slices.probabilities(self.predict_fn, slices)
-    classes = geometry.from_slices(by_class.argmax(-1).astype(np.uint8))
-    return classes, np.stack([geometry.from_slices(by_class[..., c]) for c in range(by_class.shape[-1])], axis=-1)
+    classes, by_class = self.slices.probabilities(self.predict_fn, slices)
+    return geometry.from_slices(classes), geometry.from_slices(by_class)
 
 
 def load(workdir: str | os.PathLike, *, checkpoint: str = "best") -> Predictor:
@@ -101,13 +112,17 @@ def load(workdir: str | os.PathLike, *, checkpoint: str = "best") -> Predictor:
   Raises:
     UserError: no workdir of a run, or no checkpoint in it yet, or a damaged one.
   """
-  config, dataset = workdirs.read_run(workdir)
-  checkpoints = Checkpoints(workdir, read_only=True)
-  step = checkpoints.best_step() if checkpoint == "best" else checkpoints.latest_step()
-  if step is None:
-    raise UserError(f"{workdir}: no checkpoint yet; train.py writes the first one at its first validation")
-  model = build_model(config.model, len(dataset.classes))
-  mesh = meshes.make_mesh(jax.local_devices())
-  abstract = meshes.replicated_like(abstract_variables(model, config.data.image_size, dataset.channels), mesh)
-  variables = checkpoints.restore_variables(step, abstract)
-  return Predictor(config, dataset, variables, mesh=mesh, step=step, val_dice=checkpoints.metric(step))
+  if checkpoint not in ("best", "latest"):
+    raise ValueError(f"checkpoint must be 'best' or 'latest', got {checkpoint!r}")
+  if not pathlib.Path(workdir, FOLDER).is_dir():
+    raise UserError(f"{workdir}: not the workdir of a training run (it has no folder {FOLDER})")
+  with Checkpoints(workdir, read_only=True) as checkpoints:
+    step = checkpoints.best_step() if checkpoint == "best" else checkpoints.latest_step()
+    if step is None:
+      raise UserError(f"{workdir}: no checkpoint yet; train.py writes the first one at its first validation")
+    config, (dataset, _) = checkpoints.config(step), checkpoints.dataset(step)
+    model = build_model(config.model, len(dataset.classes))
+    mesh = meshes.make_mesh(jax.local_devices())
+    abstract = meshes.replicated_like(abstract_variables(model, config.data.image_size, dataset.channels), mesh)
+    variables = checkpoints.restore_variables(step, abstract)
+    return Predictor(config, dataset, variables, mesh=mesh, step=step, val_dice=checkpoints.metric(step))

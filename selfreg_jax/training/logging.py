@@ -1,6 +1,5 @@
 """What a run tells: a live bar or plain lines, `train.log`, `metrics.jsonl`, TensorBoard events, curves and panels."""
 
-import contextlib
 import json
 import os
 import pathlib
@@ -20,6 +19,7 @@ LOG_FILE = "train.log"
 CURVES_FILE = "curves.png"
 PANELS_FOLDER = "panels"
 _SECONDS_BETWEEN_SIGNS_OF_LIFE = 5
+_MOST_LEGEND_ENTRIES = 17  # more would hide the curves
 
 
 class TensorBoardWriter:
@@ -52,7 +52,7 @@ class TensorBoardWriter:
     self._writer.close()
 
 
-class Journal:
+class RunLogger:
   """Everything that a training run writes for people, under one workdir.
 
   Attributes:
@@ -82,7 +82,7 @@ class Journal:
     )
     self._task = self._progress.add_task("training", total=steps, completed=start_step, status="")
 
-  def __enter__(self) -> "Journal":
+  def __enter__(self) -> "RunLogger":
     self._progress.start()
     return self
 
@@ -103,17 +103,19 @@ class Journal:
     self._log.flush()
 
   def advance(self, step: int) -> None:
-    """Moves the bar; where there is no terminal, a line every few seconds in which nothing else was said."""
-    self._progress.update(self._task, completed=step)
-    if not self.console.is_terminal and time.monotonic() - self._last_sign > _SECONDS_BETWEEN_SIGNS_OF_LIFE:
-      self.say(f"step {step}/{self._steps}")
+    """Moves the bar to a step."""
+    self._progress.update(self._task, completed=step, status="")
+    self._sign_of_life(f"step {step}/{self._steps}")
 
-  @contextlib.contextmanager
-  def busy(self, what: str):
+  def alive(self, what: str) -> None:
     """Shows what the run is busy with besides training steps."""
     self._progress.update(self._task, status=what)
-    yield
-    self._progress.update(self._task, status="")
+    self._sign_of_life(what)
+
+  def _sign_of_life(self, text: str) -> None:
+    """Without a terminal, and so without a bar: a line after a few seconds in which nothing else was said."""
+    if not self.console.is_terminal and time.monotonic() - self._last_sign > _SECONDS_BETWEEN_SIGNS_OF_LIFE:
+      self.say(text)
 
   def scalars(self, step: int, scalars: Mapping[str, float], line: str) -> None:
     """Records named numbers of a step, and says them in a line."""
@@ -159,7 +161,8 @@ def draw_curves(lines: list[dict[str, Any]]) -> Figure:
     "learning rate": ["train/learning_rate"],
     "validation Dice": ["val/dice"],
   }
-  classes = sorted({name for line in lines for name in line if name.startswith("val/dice/")})
+  # In the order of the classes; a dict keeps the first of equal names.
+  classes = list(dict.fromkeys(name for line in lines for name in line if name.startswith("val/dice/")))
   figure = Figure(figsize=(11, 7), layout="constrained")
   for axes, (title, names) in zip(figure.subplots(2, 2).flat, plots.items(), strict=True):
     if title == "validation Dice":
@@ -171,7 +174,7 @@ def draw_curves(lines: list[dict[str, Any]]) -> Figure:
     axes.set_xlabel("step", fontsize=9)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.3)
-    if axes.get_lines():
+    if 0 < len(axes.get_lines()) <= _MOST_LEGEND_ENTRIES:
       axes.legend(fontsize=7)
   return figure
 

@@ -1,0 +1,51 @@
+"""SIGTERM and SIGINT during training: finish the step, save, and leave with an exit code that says "resumable"."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+
+
+class TrainingInterruptedError(Exception):
+  """Training was stopped by a signal after its checkpoint was saved; the message says how to continue."""
+
+
+class StopRequest:
+  """Whether a signal has asked the run to stop."""
+
+  def __init__(self) -> None:
+    self.signal_name: str | None = None
+
+  def __bool__(self) -> bool:
+    return self.signal_name is not None
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+  """Turns the first SIGTERM or SIGINT into a request; a second one acts as if nothing had been caught.
+
+  Yields:
+    The request, false until a signal comes. Outside the main thread signals cannot be caught, and it stays false.
+  """
+  request = StopRequest()
+  if threading.current_thread() is not threading.main_thread():
+    yield request
+    return
+  signals = (signal.SIGTERM, signal.SIGINT)
+  previous = {number: signal.getsignal(number) for number in signals}
+
+  def restore() -> None:
+    for number, handler in previous.items():
+      signal.signal(number, handler)
+
+  def handle(number: int, frame: object) -> None:
+    del frame
+    request.signal_name = signal.Signals(number).name
+    restore()
+
+  for number in signals:
+    signal.signal(number, handle)
+  try:
+    yield request
+  finally:
+    restore()
