@@ -20,6 +20,12 @@ jax.config.update("jax_default_matmul_precision", "highest")
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
+def pytest_configure(config):
+  # The same small training step is compiled by many tests, in two processes.
+  jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
 @pytest.fixture(scope="session")
 def golden():
   """Loads a file of reference outputs (see golden/README.md) as a dict of arrays."""

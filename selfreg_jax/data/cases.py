@@ -313,9 +313,7 @@ def check_image(volume: RawVolume, geometry: Geometry) -> None:
     raise CaseError(f"is constant: every voxel is {low:g}")
   slices, rows, columns = geometry.shape
   if min(rows, columns) < 2:
-    raise CaseError(
-      f"slices of {rows} x {columns} voxels ({slices} of them) are too small: at least two a side along the cut"
-    )
+    raise CaseError(f"slices of {rows} x {columns} voxels ({slices} of them) are too small: two a side are needed")
 
 
 def check_pair(image: RawVolume, label: RawVolume) -> None:
