@@ -107,10 +107,9 @@ def train_and_evaluate(
       state = jax.jit(initial_state, out_shardings=meshes.replicated(mesh))(key)
 
     tables = jax.device_put(augment.ResizeTables.build(dataset.shapes, config.data.image_size), meshes.replicated(mesh))
-    input_fn = make_input_fn(config, manifest, tables)
     train_step = meshes.jit_for(
       mesh,
-      make_train_step(model, make_loss(config.loss), optimizer, input_fn=input_fn),
+      make_train_step(model, make_loss(config.loss), optimizer, input_fn=make_input_fn(config, manifest)),
       donate_argnums=0,
       out_shardings=meshes.replicated(mesh),
     )
@@ -124,7 +123,8 @@ def train_and_evaluate(
       batches = pipeline.iterate(stream, start_step, threads=config.data.threads, prefetch=config.data.prefetch)
       accumulator = MetricAccumulator(config.data.batch_size)
       for step in range(start_step, steps):
-        batch = meshes.place_batch(next(batches), mesh)
+        # The tables are an argument of the step: closed over, they would be constants of megabytes in its program.
+        batch = meshes.place_batch(next(batches), mesh) | {"tables": tables}
         if step == start_step:
           train_step = compile_step(logger, train_step, state, batch)
           accumulator.restart()
@@ -150,18 +150,15 @@ def train_and_evaluate(
   return state
 
 
-def make_input_fn(
-  config: ml_collections.ConfigDict, manifest: Manifest, tables: augment.ResizeTables
-) -> Callable[[jax.Array, Batch], Batch]:
+def make_input_fn(config: ml_collections.ConfigDict, manifest: Manifest) -> Callable[[jax.Array, Batch], Batch]:
   """Augmentation and resize of a batch on the device, each slice keyed by its place in the run's stream.
 
   Args:
     config: of the run.
     manifest: of the dataset.
-    tables: for the sizes of the training slices.
 
   Returns:
-    Function of (key of the run, stored batch) -> batch with "image" and "label" as the network sees them.
+    Function of (key of the run, stored batch with "tables") -> "image" and "label" as the network sees them.
   """
   recipe = augment.Augmentation(**config.augment)
 
@@ -169,9 +166,15 @@ def make_input_fn(
     # A position is unique over the whole run, and does not depend on batch size, devices or processes.
     keys = jax.vmap(lambda position: jax.random.fold_in(key, position))(batch["position"])
     image, label = augment.augment(
-      keys, batch["image"], batch["label"], batch["size_index"], tables, scale=manifest.scale, augmentation=recipe
+      keys,
+      batch["image"],
+      batch["label"],
+      batch["size_index"],
+      batch["tables"],
+      scale=manifest.scale,
+      augmentation=recipe,
     )
-    return {**batch, "image": image, "label": label}
+    return {"image": image, "label": label}
 
   return input_fn
 
