@@ -17,7 +17,7 @@ def get_config():
   config.model.widths = (16, 32, 64, 128, 128)
   config.optimizer.name = "adamw"
   config.optimizer.learning_rate = 2e-3
-  config.train.steps = 500
+  config.train.steps = 700
   config.train.validate_every = 100
   config.train.log_every = 25
   return config
