@@ -217,7 +217,7 @@ def test_unusable_patterns_are_explained(tmp_path, changes, match):
     ({"0": "background", "2": "liver"}, "without gaps"),
     ({"1": "liver", "2": "spleen"}, "without gaps"),
     ({"background": 0, "liver": "1.5"}, "neither"),
-    ({"0": "background"}, "at least 2"),
+    ({"0": "background"}, "1 classes"),
     ({"0": "background", "1": "liver", "2": "liver"}, "different"),
     ([], 'no "labels"'),
   ],
