@@ -2,7 +2,7 @@
 
   python train.py --config=configs/folder.py --config.data.dir=DATA --workdir=RUN
 
-Full width at 224 pixels wants a GPU (17 M parameters, about 8 GiB at batch 12). On a laptop shrink it, for example
+Full width at 224 pixels wants a GPU (17 M parameters). On a laptop shrink it, for example
   --config.data.image_size=128 --config.data.batch_size=8 --config.model.widths='(16, 32, 64, 128, 128)'
 """
 

@@ -187,6 +187,12 @@ class DatasetInfo:
     """The information that a manifest holds."""
     return cls(**{field.name: getattr(manifest, field.name) for field in dataclasses.fields(cls)})
 
+  def differences(self, other: "DatasetInfo") -> list[tuple[str, Any, Any]]:
+    """(field, value here, value there) of every field that differs."""
+    names = [field.name for field in dataclasses.fields(self)]
+    pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
+    return [(name, ours, theirs) for name, ours, theirs in pairs if ours != theirs]
+
   @classmethod
   def from_json(cls, content: dict[str, Any]) -> "DatasetInfo":
     """The reverse of `dataclasses.asdict`; raises KeyError or TypeError on other content."""

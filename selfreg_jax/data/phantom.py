@@ -378,6 +378,15 @@ def _scan(
   return np.clip(np.rint(image), -1024, 3071).astype(np.int16)
 
 
+def check_request(train_cases: int, test_cases: int, seed: int) -> None:
+  """Raises UserError for a set that `write_msd` cannot make: a negative number, or no case at all."""
+  if min(train_cases, test_cases, seed) < 0 or train_cases + test_cases == 0:
+    raise UserError(
+      f"phantom: train_cases={train_cases}, test_cases={test_cases}, seed={seed}: none may be negative, and there must "
+      "be at least one case"
+    )
+
+
 def write_msd(directory: str | os.PathLike, *, train_cases: int, test_cases: int, seed: int) -> None:
   """Writes a set of cases in the layout of the Medical Segmentation Decathlon.
 
@@ -393,11 +402,7 @@ def write_msd(directory: str | os.PathLike, *, train_cases: int, test_cases: int
   Raises:
     UserError: a number is negative, or there would be no case at all.
   """
-  if min(train_cases, test_cases, seed) < 0 or train_cases + test_cases == 0:
-    raise UserError(
-      f"phantom: train_cases={train_cases}, test_cases={test_cases}, seed={seed}: none may be negative, and there must "
-      "be at least one case"
-    )
+  check_request(train_cases, test_cases, seed)
   directory = pathlib.Path(directory)
   for folder in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
     (directory / folder).mkdir(parents=True, exist_ok=True)

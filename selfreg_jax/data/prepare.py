@@ -309,8 +309,7 @@ def _write_phantoms(output: pathlib.Path, options: PrepareOptions) -> pathlib.Pa
 
   train_cases = 18 if options.phantom_train_cases is None else options.phantom_train_cases
   test_cases = 6 if options.phantom_test_cases is None else options.phantom_test_cases
-  if min(train_cases, test_cases) < 0 or train_cases + test_cases < 1:
-    raise UserError(f"{train_cases} training and {test_cases} test cases: at least one case is needed, and no negative")
+  phantom.check_request(train_cases, test_cases, options.seed)  # before an older set is removed
   folder = pathlib.Path(options.source) if options.source is not None else output / _RAW_PHANTOMS
   if folder.exists():
     _remove_phantoms(folder)

@@ -105,11 +105,9 @@ def score_dataset(
 
 def check_fits(trained: DatasetInfo, manifest: Manifest, directory: str | os.PathLike) -> None:
   """Raises UserError where a prepared dataset is not what the network was trained on; all differences are named."""
-  ours = DatasetInfo.of(manifest)
   problems = [
-    f"{name}: trained with {getattr(trained, name)}, the dataset has {getattr(ours, name)}"
-    for name in ("classes", "channels", "intensity", "orientation", "axis")
-    if getattr(trained, name) != getattr(ours, name)
+    f"{name}: trained with {before}, the dataset has {now}"
+    for name, before, now in trained.differences(DatasetInfo.of(manifest))
   ]
   if problems:
     raise UserError(

@@ -133,18 +133,20 @@ def train_and_evaluate(
         done = step + 1
         logger.advance(done)
         validated = done % config.train.validate_every == 0 or done == steps
-        if validated or stop or done % config.train.log_every == 0:
+        stopping = bool(stop) and done < steps  # asked once: a signal that comes later finds the next step
+        if validated or stopping or done % config.train.log_every == 0:
           record_training(logger, accumulator, state, done, schedule, functools.partial(_case_names, dataset, stream))
         if validated:
           val_dice = validation.run(logger, state, done)
           checkpoints.save(state, config, manifest, val_dice=val_dice)
           accumulator.restart()
-        if stop and done < steps:
+        if stopping:
           if not validated:
             checkpoints.save(state, config, manifest)
           checkpoints.wait()
-          logger.say(f"stopped by {stop.signal_name} after step {done}; saved")
-          raise TrainingInterruptedError(f"stopped by {stop.signal_name} at step {done}; the same command continues")
+          message = f"stopped by {stop.signal_name} after step {done}, which is saved; the same command continues"
+          logger.note(message)
+          raise TrainingInterruptedError(message)
       checkpoints.wait()
       conclude(logger, checkpoints, max(start_step, steps), folder)
   return state
@@ -190,8 +192,8 @@ def check_same_run(
   problems = configs.differences(config, checkpoints.config(step))
   info, fingerprint = checkpoints.dataset(step)
   fixed = [problem for problem in problems if problem.startswith(_FIXED_BY_CHECKPOINT)]
-  if info != DatasetInfo.of(manifest):
-    fixed.append(f"the dataset: {info} -> {DatasetInfo.of(manifest)}")
+  differing = info.differences(DatasetInfo.of(manifest))
+  fixed += [f"the dataset's {name}: {before} -> {now}" for name, before, now in differing]
   if fixed:
     raise UserError(
       f"the workdir holds a run at step {step} whose checkpoint cannot be continued so (then -> now):\n  "
@@ -218,12 +220,11 @@ def introduce(
   start_step: int,
 ) -> None:
   """Says what is about to be trained, on what."""
-  logger.note(parameter_overview.get_parameter_overview(state.params, include_stats=False))
   logger.hparams(configs.flatten(config))
   train, val = manifest.split("train"), manifest.split("val")
   slices = sum(case.shape[0] for case in train)
   kind = mesh.devices.flat[0].device_kind
-  logger.console.print(parameter_overview.get_parameter_overview(state.params, include_stats=False), markup=False)
+  logger.say(parameter_overview.get_parameter_overview(state.params, include_stats=False))
   logger.say(f"data     {config.data.dir}: {len(train)} training cases ({slices} slices), {len(val)} validation cases")
   logger.say(f"devices  {mesh.size} x {kind}, computing in {config.model.dtype}")
   todo = f"{start_step} to {steps} in batches of {config.data.batch_size}" if start_step < steps else "none left to do"
