@@ -77,6 +77,60 @@ def unet_state_dict(num_classes, *, channels=1, upsample="bilinear", prefix=""):
   return {prefix + name: rule_weight(name, shape) for name, shape in shapes.items()}
 
 
+def swin_state_dict(num_classes, *, embed_dim=96, depths=(2, 2, 2, 2), heads=(3, 6, 12, 24), window=7, prefix=""):
+  """PyTorch-named rule weights of the authors' Swin-Unet, written down independently of the converter's table."""
+  shapes = {}
+
+  def linear(name, inputs, outputs, bias=True):
+    shapes[f"{name}.weight"] = (outputs, inputs)
+    if bias:
+      shapes[f"{name}.bias"] = (outputs,)
+
+  def norm(name, width):
+    shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (width,)
+
+  def blocks(name, level):
+    width = embed_dim * 2**level
+    for block in (f"{name}.blocks.{j}" for j in range(depths[level])):
+      norm(f"{block}.norm1", width)
+      shapes[f"{block}.attn.relative_position_bias_table"] = ((2 * window - 1) ** 2, heads[level])
+      linear(f"{block}.attn.qkv", width, 3 * width)
+      linear(f"{block}.attn.proj", width, width)
+      norm(f"{block}.norm2", width)
+      linear(f"{block}.mlp.fc1", width, 4 * width)
+      linear(f"{block}.mlp.fc2", 4 * width, width)
+
+  last = len(depths) - 1
+  shapes["patch_embed.proj.weight"], shapes["patch_embed.proj.bias"] = (embed_dim, 3, 4, 4), (embed_dim,)
+  norm("patch_embed.norm", embed_dim)
+  for level in range(last + 1):
+    width = embed_dim * 2**level
+    blocks(f"layers.{level}", level)
+    if level < last:
+      norm(f"layers.{level}.downsample.norm", 4 * width)
+      linear(f"layers.{level}.downsample.reduction", 4 * width, 2 * width, bias=False)
+  norm("norm", embed_dim * 2**last)
+  for stage in range(last + 1):
+    width = embed_dim * 2 ** (last - stage)
+    if stage:
+      linear(f"concat_back_dim.{stage}", 2 * width, width)
+      blocks(f"layers_up.{stage}", last - stage)
+    if stage < last:
+      expansion = f"layers_up.{stage}.upsample" if stage else "layers_up.0"
+      linear(f"{expansion}.expand", width, 2 * width, bias=False)
+      norm(f"{expansion}.norm", width // 2)
+  norm("norm_up", embed_dim)
+  linear("up.expand", embed_dim, 16 * embed_dim, bias=False)
+  norm("up.norm", embed_dim)
+  shapes["output.weight"] = (num_classes, embed_dim, 1, 1)
+  return {prefix + name: rule_weight(name, shape) for name, shape in shapes.items()}
+
+
+def subsample(feature_map, channel_step, step):
+  """A map (B, H, W, C) as the golden files keep it: (B, C, H, W), thinned out."""
+  return np.moveaxis(np.asarray(feature_map), -1, 1)[:, ::channel_step, ::step, ::step]
+
+
 def nhwc(array):
   return np.moveaxis(array, 1, -1)
 

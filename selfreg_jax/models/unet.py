@@ -1,7 +1,7 @@
 """The convolutional UNet of the paper (the authors' `UNet`), channels last, with its inner features sown."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -10,22 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from selfreg_jax.features import COLLECTION
+from selfreg_jax.models.initializers import torch_bias_init, torch_kernel_init
 
 Array = jax.Array
 Dtype = Any
 
 UPSAMPLINGS = ("bilinear", "transpose")
-
-
-def torch_kernel_init(key: Array, shape: Sequence[int], dtype: Dtype = jnp.float32) -> Array:
-  """PyTorch's default for convolutions, kaiming_uniform(a = sqrt(5)): uniform in +-1 / sqrt(fan_in)."""
-  return nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")(key, shape, dtype)
-
-
-def torch_bias_init(fan_in: int) -> Callable[..., Array]:
-  """PyTorch's default for biases: uniform in +-1 / sqrt(fan_in)."""
-  bound = fan_in**-0.5
-  return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def upsample_bilinear(x: Array) -> Array:

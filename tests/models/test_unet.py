@@ -6,11 +6,7 @@ import pytest
 
 import selfreg_jax as sr
 from selfreg_jax.models.unet import upsample_bilinear
-from tests.conftest import nhwc, unet_state_dict
-
-
-def subsample(feature_map, channel_step, step):
-  return np.moveaxis(np.asarray(feature_map), -1, 1)[:, ::channel_step, ::step, ::step]
+from tests.conftest import nhwc, subsample, unet_state_dict
 
 
 def test_bilinear_unet_equals_the_authors(golden):
