@@ -8,7 +8,7 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from selfreg_jax.errors import EXIT_FAULT, EXIT_RESUMABLE, UserError, parse_flags, run_command
+from selfreg_jax.errors import EXIT_FAULT, EXIT_RESUMABLE, UserError, check_config_file, parse_flags, run_command
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; override fields with --config.field=value.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints and logs; one with a checkpoint is continued.")
@@ -26,10 +26,7 @@ def train() -> None:
   """Trains; exits with 1 when the loss became NaN or infinite, with 75 when a signal stopped the run."""
   if not _WORKDIR.value:
     raise UserError("--workdir is empty; name a folder")
-  try:
-    list(_CONFIG.value)
-  except OSError as error:  # ml_collections tells on first use that the file could not be loaded
-    raise UserError(f"--config: {str(error).rpartition('failure to load: ')[2]}") from error
+  check_config_file(_CONFIG)
   # Imported after the flags were checked: a wrong flag is told at once, not after JAX has started.
   from selfreg_jax.training.loop import TrainingDivergedError, train_and_evaluate
   from selfreg_jax.training.signals import TrainingInterruptedError

@@ -13,7 +13,9 @@ _HOME = {
   "Features": "selfreg_jax.features",
   "Taps": "selfreg_jax.features",
   "UNet": "selfreg_jax.models.unet",
-  "from_pytorch": "selfreg_jax.models.pretrained",
+  "SwinUNet": "selfreg_jax.models.swin_unet",
+  "from_pytorch": "selfreg_jax.models.pytorch",
+  "to_pytorch": "selfreg_jax.models.pytorch",
   "cross_entropy": "selfreg_jax.losses",
   "soft_dice": "selfreg_jax.losses",
   "internal_feature_distillation": "selfreg_jax.losses",
@@ -25,6 +27,7 @@ _HOME = {
 
 __all__ = [
   "Features",
+  "SwinUNet",
   "Taps",
   "UNet",
   "cross_entropy",
@@ -35,6 +38,7 @@ __all__ = [
   "self_regularization",
   "semantic_consistency",
   "soft_dice",
+  "to_pytorch",
 ]
 
 if TYPE_CHECKING:
@@ -47,7 +51,8 @@ if TYPE_CHECKING:
     semantic_consistency,
     soft_dice,
   )
-  from selfreg_jax.models.pretrained import from_pytorch
+  from selfreg_jax.models.pytorch import from_pytorch, to_pytorch
+  from selfreg_jax.models.swin_unet import SwinUNet
   from selfreg_jax.models.unet import UNet
   from selfreg_jax.predictor import load
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import ml_collections
 
+from selfreg_jax.data.published import PUBLISHED
 from selfreg_jax.errors import UserError
 
 ConfigDict = ml_collections.ConfigDict
@@ -16,12 +17,22 @@ ConfigDict = ml_collections.ConfigDict
 HARMLESS = ("data.dir", "data.verify", "data.threads", "data.prefetch", "train.log_every", "eval.batch_size")
 
 
-def base_config() -> ConfigDict:
-  """The defaults: the paper's convolutional UNet with the authors' settings for it on Synapse."""
+def base_config(network: str = "unet") -> ConfigDict:
+  """The defaults: a network of the paper with the authors' settings for their UNet on Synapse.
+
+  Args:
+    network: "unet" or "swin_unet"; the section `model` holds the fields of this network only.
+  """
   config = ConfigDict()
   config.seed = 0  # of initial weights, shuffling, augmentation and channel pairs
+  # What to start from instead of random weights: a workdir (of train.py or of selfreg_jax.models.pretrained) or a file
+  # of PyTorch weights (.pth, .safetensors, .npz). A head for another number of classes is initialized anew.
+  config.init_from = ""
 
   config.data = data = ConfigDict()
+  data.name = (
+    ""  # published dataset that the recipe is made for ("synapse", "acdc"): its classes are checked; "" for none
+  )
   data.dir = ""  # folder that `python -m selfreg_jax.data.prepare` wrote
   data.batch_size = 24  # slices of a global batch, over all devices
   data.image_size = 224  # pixels a side of what the network sees; slices are resized to it by cubic splines
@@ -35,11 +46,7 @@ def base_config() -> ConfigDict:
   augment.rotate_probability = 0.5  # of a rotation by a small angle, among the slices not turned, 0..1
   augment.max_angle = 20  # degrees, 0..180; whole angles in [-max_angle, max_angle)
 
-  config.model = model = ConfigDict()
-  model.name = "unet"
-  model.widths = (64, 128, 256, 512, 512)  # channels of the stem and of each down stage
-  model.upsample = "bilinear"  # or "transpose"
-  model.dtype = "float32"  # of the computation: "float32" or "bfloat16"; parameters, losses and logits stay float32
+  config.model = _NETWORKS[network]()
 
   config.loss = loss = ConfigDict()
   loss.ce_weight = 0.4  # of the cross-entropy, >= 0
@@ -72,10 +79,43 @@ def base_config() -> ConfigDict:
   return config
 
 
+def _unet() -> ConfigDict:
+  model = ConfigDict()
+  model.name = "unet"
+  model.widths = (64, 128, 256, 512, 512)  # channels of the stem and of each down stage
+  model.upsample = "bilinear"  # or "transpose"
+  model.dtype = "float32"  # of the computation: "float32" or "bfloat16"; parameters, losses and logits stay float32
+  return model
+
+
+def _swin_unet() -> ConfigDict:
+  model = ConfigDict()
+  model.name = "swin_unet"
+  model.embed_dim = 96  # channels of the first stage; each further one has twice as many
+  model.depths = (2, 2, 2, 2)  # transformer blocks of each encoder stage, and of the decoder stage of its resolution
+  model.heads = (3, 6, 12, 24)  # attention heads of each stage; they divide its channels
+  model.window = 7  # tokens a side of an attention window; a token of the first stage has 4x4 pixels
+  model.drop_path = 0.2  # highest rate at which a residual branch is dropped in training, 0 <= rate < 1
+  model.remat = False  # recompute the insides of a block in the backward pass: less memory, more time
+  model.dtype = "float32"  # of the computation: "float32" or "bfloat16"; parameters, losses and logits stay float32
+  return model
+
+
+_NETWORKS: dict[str, Callable[[], ConfigDict]] = {"unet": _unet, "swin_unet": _swin_unet}
+NETWORKS = tuple(_NETWORKS)
+
+# Fields that shape the weights: a checkpoint cannot be continued under other values.
+WEIGHT_SHAPING = ("name", "widths", "upsample", "embed_dim", "depths", "heads", "window")
+
+
 _SHARE = (lambda value: 0 <= value <= 1, "between 0 and 1")
 _POSITIVE = (lambda value: value > 0, "greater than 0")
 _NOT_NEGATIVE = (lambda value: value >= 0, "at least 0")
 _AT_LEAST_1 = (lambda value: value >= 1, "at least 1")
+
+
+def _is_list_of_counts(value: Any) -> bool:
+  return all(isinstance(count, int) and not isinstance(count, bool) and count >= 1 for count in value)
 
 
 def _one_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
@@ -84,6 +124,7 @@ def _one_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
 
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
   "seed": (lambda value: 0 <= value < 2**31, "between 0 and 2**31 - 1"),
+  "data.name": _one_of("", *PUBLISHED),
   "data.dir": (bool, "the folder of a prepared dataset (--config.data.dir=DIR)"),
   "data.batch_size": _AT_LEAST_1,
   "data.image_size": (lambda value: value >= 2, "at least 2"),
@@ -93,12 +134,20 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
   "augment.turn_flip_probability": _SHARE,
   "augment.rotate_probability": _SHARE,
   "augment.max_angle": (lambda value: 0 <= value <= 180, "between 0 and 180 degrees"),
-  "model.name": _one_of("unet"),
+  "model.name": _one_of(*NETWORKS),
   "model.widths": (
     lambda value: len(value) >= 3 and all(isinstance(width, int) and width >= 2 and width % 2 == 0 for width in value),
     "at least three even numbers of channels",
   ),
   "model.upsample": _one_of("bilinear", "transpose"),
+  "model.embed_dim": _AT_LEAST_1,
+  "model.depths": (
+    lambda value: len(value) >= 2 and _is_list_of_counts(value),
+    "blocks of each of two or more stages, at least 1 each",
+  ),
+  "model.heads": (_is_list_of_counts, "attention heads of each stage, at least 1 each"),
+  "model.window": (lambda value: value >= 2, "at least 2"),
+  "model.drop_path": (lambda value: 0 <= value < 1, "at least 0 and below 1"),
   "model.dtype": _one_of("float32", "bfloat16"),
   "loss.ce_weight": _NOT_NEGATIVE,
   "loss.dice_weight": _NOT_NEGATIVE,
@@ -131,16 +180,26 @@ def validate(config: ConfigDict) -> None:
   Raises:
     UserError: all that is wrong, a line each; an unknown field with the nearest valid name.
   """
-  problems = list(_structure_problems(config, base_config(), prefix=""))
+  problems = list(_structure_problems(config, base_config(_network(config)), prefix=""))
   if not problems:
     flat = flatten(config)
     problems = [f"{name} = {value!r} must be a finite number" for name, value in flat.items() if _is_infinite(value)]
     problems += [
-      f"{name} = {flat[name]!r} must be {rule}" for name, (holds, rule) in _RULES.items() if not holds(flat[name])
+      f"{name} = {value!r} must be {_RULES[name][1]}"
+      for name, value in flat.items()
+      if name in _RULES and not _RULES[name][0](value)
     ]
     problems = problems or list(_joint_problems(config))
   if problems:
     raise UserError("the config cannot be used:\n  " + "\n  ".join(f"config.{problem}" for problem in problems))
+
+
+def _network(config: ConfigDict) -> str:
+  """The network whose fields the section `model` should hold; the first where it names none that exists."""
+  name = config.model.get("name") if isinstance(config.get("model"), ConfigDict) else None
+  if isinstance(name, str) and name not in NETWORKS:
+    raise UserError(f"config.model.name = {name!r} must be {_RULES['model.name'][1]}")
+  return name if isinstance(name, str) else NETWORKS[0]
 
 
 def _is_infinite(value: Any) -> bool:
@@ -150,12 +209,35 @@ def _is_infinite(value: Any) -> bool:
 def _joint_problems(config: ConfigDict) -> Iterator[str]:
   if config.loss.ce_weight == config.loss.dice_weight == 0:
     yield "loss.ce_weight and config.loss.dice_weight are both 0: nothing would supervise the prediction"
-  downs = len(config.model.widths) - 1
-  if config.data.image_size < 2**downs:
-    yield f"data.image_size = {config.data.image_size} is too small for {downs} down stages: at least {2**downs}"
+  yield from {"unet": _unet_problems, "swin_unet": _swin_unet_problems}[config.model.name](config)
   optimizer = config.optimizer
   if optimizer.schedule == "cosine" and optimizer.cosine_minimum > optimizer.learning_rate:
     yield f"optimizer.cosine_minimum = {optimizer.cosine_minimum} is above the learning rate {optimizer.learning_rate}"
+
+
+def _unet_problems(config: ConfigDict) -> Iterator[str]:
+  downs = len(config.model.widths) - 1
+  if config.data.image_size < 2**downs:
+    yield f"data.image_size = {config.data.image_size} is too small for {downs} down stages: at least {2**downs}"
+
+
+def _swin_unet_problems(config: ConfigDict) -> Iterator[str]:
+  from selfreg_jax.models.swin_unet import nearest_sizes, size_multiple  # a config file's import should not start JAX
+
+  model, size = config.model, config.data.image_size
+  if len(model.depths) != len(model.heads):
+    yield f"model.depths {list(model.depths)} and config.model.heads {list(model.heads)} must have one number a stage"
+    return
+  for stage, heads in enumerate(model.heads):
+    channels = model.embed_dim * 2**stage
+    if channels % heads or channels % 2:
+      yield f"model.heads = {list(model.heads)}: {heads} heads must divide the {channels} channels of stage {stage + 1}"
+  multiple = size_multiple(model.depths, model.window)
+  if size % multiple:
+    yield (
+      f"data.image_size = {size} must be a multiple of {multiple} with windows of {model.window} and "
+      f"{len(model.depths)} stages; use {nearest_sizes(size, multiple)}, or another config.model.window"
+    )
 
 
 def _structure_problems(config: ConfigDict, base: ConfigDict, prefix: str) -> Iterator[str]:
@@ -165,7 +247,8 @@ def _structure_problems(config: ConfigDict, base: ConfigDict, prefix: str) -> It
         getattr(base, name)
       except AttributeError as error:  # ml_collections names the nearest field, if there is one
         hint = str(error).partition("\n")[2] or f"Fields: {', '.join(base)}"
-        yield f"{prefix}{name} is not a field. {hint}"
+        network = f" of a {base.name}" if prefix == "model." else ""
+        yield f"{prefix}{name} is not a field{network}. {hint}"
   for name, default in base.items():
     if name not in config:
       yield f"{prefix}{name} is missing; start from selfreg_jax.config.base_config()"
@@ -187,6 +270,8 @@ def with_absolute_paths(config: ConfigDict) -> ConfigDict:
   """A copy whose paths hold wherever the next command is called from."""
   absolute = config.copy_and_resolve_references()
   absolute.data.dir = os.path.abspath(config.data.dir)
+  if config.init_from:
+    absolute.init_from = os.path.abspath(config.init_from)
   return absolute
 
 

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import flags, logging
 
@@ -36,11 +36,20 @@ def run_command(command: Callable[[], None]) -> int:
   return EXIT_OK
 
 
-def parse_flags(argv: list[str]) -> list[str]:
+def check_config_file(config_flag: Any) -> None:
+  """Raises UserError where the file of a config flag could not be loaded, which ml_collections tells on first use."""
+  try:
+    list(config_flag.value)
+  except OSError as error:
+    raise UserError(f"--config: {str(error).rpartition('failure to load: ')[2]}") from error
+
+
+def parse_flags(argv: list[str], *, most_arguments: int = 0) -> list[str]:
   """For `absl.app.run(flags_parser=...)`: a wrong flag or config field is one message and exit code 2, no traceback.
 
   Args:
     argv: of the process.
+    most_arguments: how many arguments that are no flags the command takes.
 
   Returns:
     What is not a flag, the program's name first.
@@ -49,7 +58,7 @@ def parse_flags(argv: list[str]) -> list[str]:
   logging.set_verbosity(logging.ERROR)
   try:
     rest = flags.FLAGS(argv)
-  except flags.Error as error:
+  except (flags.Error, UserError) as error:  # a config file may refuse the argument behind its colon
     _exit(str(error))
   except (AttributeError, KeyError) as error:  # of ml_collections: it names the nearest field, if there is one
     message = str(error.args[0]) if error.args else str(error)
@@ -58,8 +67,8 @@ def parse_flags(argv: list[str]) -> list[str]:
     _exit(f"config: {error}")
   except (ImportError, SyntaxError) as error:  # of the config file itself
     _exit(f"config: {type(error).__name__} in the config file: {error}")
-  if len(rest) > 1:
-    _exit(f"unexpected argument {rest[1]!r}; flags are written --name=value")
+  if len(rest) > 1 + most_arguments:
+    _exit(f"unexpected argument {rest[1 + most_arguments]!r}; flags are written --name=value")
   return rest
 
 

@@ -2,21 +2,12 @@
 
 import functools
 import os
-import pathlib
-from typing import Any
 
-import jax
-import ml_collections
 import numpy as np
-from jax.sharding import Mesh
 
-from selfreg_jax import mesh as meshes
 from selfreg_jax.data import cases
-from selfreg_jax.data.manifest import DatasetInfo
-from selfreg_jax.errors import UserError
 from selfreg_jax.evaluation.inference import PredictFn, SlicePredictor, make_apply
-from selfreg_jax.models.factory import abstract_variables, build_model
-from selfreg_jax.training.checkpoints import FOLDER, Checkpoints
+from selfreg_jax.training.checkpoints import Trained, load_trained
 
 
 class Predictor:
@@ -29,23 +20,13 @@ class Predictor:
     val_dice: mean foreground Dice of the checkpoint on the validation cases; None where there were none.
   """
 
-  def __init__(
-    self,
-    config: ml_collections.ConfigDict,
-    dataset: DatasetInfo,
-    variables: dict[str, Any],
-    *,
-    mesh: Mesh,
-    step: int,
-    val_dice: float | None,
-  ):
-    self.config = config
-    self.dataset = dataset
-    self.step = step
-    self.val_dice = val_dice
-    self.slices = SlicePredictor(config.data.image_size, config.eval.batch_size, mesh)
-    apply = make_apply(build_model(config.model, len(dataset.classes)))
-    self.predict_fn: PredictFn = functools.partial(apply, variables)
+  def __init__(self, trained: Trained):
+    self.config = trained.config
+    self.dataset = trained.dataset
+    self.step = trained.step
+    self.val_dice = trained.val_dice
+    self.slices = SlicePredictor(trained.config.data.image_size, trained.config.eval.batch_size, trained.mesh)
+    self.predict_fn: PredictFn = functools.partial(make_apply(trained.model), trained.variables)
 
   def geometry(self, shape: tuple[int, int, int], affine: np.ndarray | None) -> cases.Geometry:
     """How the slices that the network sees lie in a volume's grid; see `__call__`."""
@@ -103,7 +84,7 @@ def load(workdir: str | os.PathLike, *, checkpoint: str = "best") -> Predictor:
     >>> classes = predictor(image.get_fdata(), affine=image.affine)
 
   Args:
-    workdir: of `train.py`.
+    workdir: of `train.py` or of `selfreg_jax.models.pretrained`.
     checkpoint: "best" (by validation Dice; the newest where none was validated) or "latest".
 
   Returns:
@@ -112,17 +93,4 @@ def load(workdir: str | os.PathLike, *, checkpoint: str = "best") -> Predictor:
   Raises:
     UserError: no workdir of a run, or no checkpoint in it yet, or a damaged one.
   """
-  if checkpoint not in ("best", "latest"):
-    raise ValueError(f"checkpoint must be 'best' or 'latest', got {checkpoint!r}")
-  if not pathlib.Path(workdir, FOLDER).is_dir():
-    raise UserError(f"{workdir}: not the workdir of a training run (it has no folder {FOLDER})")
-  with Checkpoints(workdir, read_only=True) as checkpoints:
-    step = checkpoints.best_step() if checkpoint == "best" else checkpoints.latest_step()
-    if step is None:
-      raise UserError(f"{workdir}: no checkpoint yet; train.py writes the first one at its first validation")
-    config, (dataset, _) = checkpoints.config(step), checkpoints.dataset(step)
-    model = build_model(config.model, len(dataset.classes))
-    mesh = meshes.make_mesh(jax.local_devices())
-    abstract = meshes.replicated_like(abstract_variables(model, config.data.image_size, dataset.channels), mesh)
-    variables = checkpoints.restore_variables(step, abstract)
-    return Predictor(config, dataset, variables, mesh=mesh, step=step, val_dice=checkpoints.metric(step))
+  return Predictor(load_trained(workdir, checkpoint=checkpoint))

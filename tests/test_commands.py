@@ -5,7 +5,12 @@ import pathlib
 import subprocess
 import sys
 
+import nibabel as nib
+import numpy as np
 import pytest
+
+from selfreg_jax.models.weight_files import write_weights
+from tests.conftest import unet_state_dict
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -55,6 +60,51 @@ def test_mistakes_in_training_are_told_in_a_message(tmp_path, flags, messages):
 )
 def test_mistakes_in_evaluation_are_told_in_a_message(flags, messages):
   assert_user_mistake(run("eval.py", *flags), *messages)
+
+
+def test_weights_of_the_authors_predict_as_their_code_does(golden, tmp_path):
+  """PyTorch file -> workdir -> NIfTI in, NIfTI out, through the commands."""
+  arrays = golden("volume_protocol")
+  weights = unet_state_dict(4) | {name: arrays[name] for name in ("outc.conv.weight", "outc.conv.bias")}
+  write_weights(weights, tmp_path / "weights.safetensors")
+  (tmp_path / "scans").mkdir()
+  volume = np.moveaxis(arrays["volume"], 0, -1)
+  nib.save(nib.Nifti1Image(volume, np.eye(4)), tmp_path / "scans" / "case.nii.gz")
+  result = run(
+    "-m", "selfreg_jax.models.pretrained", "--config=configs/acdc_unet.py", "--config.data.image_size=64",
+    tmp_path / "weights.safetensors", tmp_path / "run",
+  )  # fmt: skip
+  assert result.returncode == 0, result.stderr
+  assert "all of them" in result.stdout
+  assert result.stderr == ""
+  result = run("eval.py", f"--workdir={tmp_path / 'run'}", f"--input={tmp_path}/scans", f"--output={tmp_path}/maps")
+  assert result.returncode == 0, result.stderr
+  prediction = np.asarray(nib.load(tmp_path / "maps" / "case.nii.gz").dataobj)
+  # A few pixels have logits that tie to within float32's rounding.
+  assert np.sum(np.moveaxis(prediction, -1, 0) != arrays["prediction"]) <= 4
+
+  result = run("-m", "selfreg_jax.models.pretrained", f"--export={tmp_path}/back.npz", tmp_path / "run")
+  assert result.returncode == 0, result.stderr
+  with np.load(tmp_path / "back.npz") as back:
+    assert all(np.array_equal(back[name], tensor) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize(
+  ("arguments", "messages"),
+  [
+    (["--config=configs/acdc_unet.py", "weights.pth"], ["INPUT", "WORKDIR"]),
+    (["--config=configs/acdc_unet.py", "nowhere.pth", "run"], ["nowhere.pth: no such file"]),
+    (["README.md", "run"], ["--config names"]),
+    (["--config=configs/acdc_unet.py", "README.md", "run"], ["README.md: unknown ending '.md'"]),
+    (["--config=configs/quickstart.py:swan", "README.md", "run"], [":swan", ":swin"]),
+    (["--export=weights.pth", "run"], ["weights.pth", ".safetensors"]),
+    (["--export=weights.npz", "nowhere"], ["nowhere: not the workdir"]),
+    (["--export=weights.npz", "a", "b"], ["one argument"]),
+    (["a", "b", "c"], ["unexpected argument 'c'"]),
+  ],
+)
+def test_mistakes_in_conversion_are_told_in_a_message(arguments, messages):
+  assert_user_mistake(run("-m", "selfreg_jax.models.pretrained", *arguments), *messages)
 
 
 def test_from_raw_files_to_scores(tmp_path):

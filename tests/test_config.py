@@ -1,9 +1,13 @@
 import json
+import pathlib
+import runpy
 
 import pytest
 
 from selfreg_jax import config as configs
 from selfreg_jax.errors import UserError
+
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
 
 def usable():
@@ -94,5 +98,69 @@ def test_differences_leave_out_what_changes_no_number():
 
 
 def test_every_field_has_a_rule_or_is_free():
-  free = {"data.verify"}
-  assert set(configs.flatten(configs.base_config())) == set(configs._RULES) | free
+  free = {"data.verify", "init_from", "model.remat"}
+  fields = set().union(*(configs.flatten(configs.base_config(network)) for network in configs.NETWORKS))
+  assert fields == set(configs._RULES) | free
+
+
+def test_a_network_has_its_own_fields_only():
+  config = configs.base_config("swin_unet")
+  config.data.dir = "somewhere"
+  configs.validate(config)
+  config.model.widths = (8, 16, 32)
+  with pytest.raises(UserError, match=r"config.model.widths is not a field of a swin_unet"):
+    configs.validate(config)
+
+
+@pytest.mark.parametrize(
+  ("name", "value", "message"),
+  [
+    ("data.image_size", 256, r"multiple of 224 with windows of 7 and 4 stages; use 224 or 448"),
+    ("data.image_size", 128, r"use 224, or another"),
+    ("model.window", 8, r"multiple of 256"),
+    ("model.heads", (3, 6), r"one number a stage"),
+    ("model.heads", (3, 6, 12, 25), r"25 heads must divide the 768 channels of stage 4"),
+    ("model.depths", (2,), r"two or more stages"),
+    ("model.drop_path", 1.0, r"below 1"),
+  ],
+)
+def test_a_swin_unet_that_cannot_be_is_refused(name, value, message):
+  config = configs.base_config("swin_unet")
+  config.data.dir = "somewhere"
+  config.update_from_flattened_dict({name: value})
+  with pytest.raises(UserError, match=message) as error:
+    configs.validate(config)
+  assert f"config.{name}" in str(error.value)
+
+
+def load_config(path):
+  namespace = runpy.run_path(str(CONFIGS / path.partition(":")[0]))
+  return namespace["get_config"](*path.split(":")[1:])
+
+
+@pytest.mark.parametrize("path", [*sorted(p.name for p in CONFIGS.glob("*.py")), "quickstart.py:swin"])
+def test_every_config_file_is_usable(path):
+  config = load_config(path)
+  config.data.dir = config.data.dir or "somewhere"
+  configs.validate(config)
+
+
+@pytest.mark.parametrize(
+  ("path", "expected"),
+  [  # of the paper: optimizer, rate, schedule, batch, epochs, both lambdas, weights of CE and Dice
+    ("synapse_unet.py", ("sgd", 0.01, "poly", 24, 150, 0.015, 0.4, 0.6)),
+    ("synapse_swin_unet.py", ("sgd", 0.05, "poly", 32, 150, 0.010, 0.4, 0.6)),
+    ("acdc_unet.py", ("adamw", 1e-4, "constant", 12, 400, 0.1, 0.3, 0.7)),
+    ("acdc_swin_unet.py", ("adamw", 1e-4, "constant", 12, 400, 0.1, 0.3, 0.7)),
+  ],
+)
+def test_recipes_are_the_papers(path, expected):
+  config = load_config(path)
+  optimizer, loss = config.optimizer, config.loss
+  assert loss.scr_weight == loss.ifd_weight
+  assert expected == (
+    optimizer.name, optimizer.learning_rate, optimizer.schedule, config.data.batch_size, config.train.epochs,
+    loss.scr_weight, loss.ce_weight, loss.dice_weight,
+  )  # fmt: skip
+  assert (config.data.image_size, optimizer.weight_decay, optimizer.momentum) == (224, 1e-4, 0.9)
+  assert bool(config.init_from) == (config.model.name == "swin_unet")

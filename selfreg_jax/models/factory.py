@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from selfreg_jax.models.swin_unet import SwinUNet
 from selfreg_jax.models.unet import UNet
 
 
@@ -21,11 +22,32 @@ def build_model(config: ml_collections.ConfigDict, num_classes: int) -> nn.Modul
   Returns:
     The Linen module.
   """
-  builders = {"unet": functools.partial(UNet, widths=tuple(config.widths), upsample=config.upsample)}
-  return builders[config.name](num_classes=num_classes, dtype=jnp.dtype(config.dtype))
+  builders = {"unet": _build_unet, "swin_unet": _build_swin_unet}
+  return builders[config.name](config)(num_classes=num_classes, dtype=jnp.dtype(config.dtype))
+
+
+def _build_unet(config: ml_collections.ConfigDict) -> functools.partial:
+  return functools.partial(UNet, widths=tuple(config.widths), upsample=config.upsample)
+
+
+def _build_swin_unet(config: ml_collections.ConfigDict) -> functools.partial:
+  return functools.partial(
+    SwinUNet,
+    embed_dim=config.embed_dim,
+    depths=tuple(config.depths),
+    heads=tuple(config.heads),
+    window=config.window,
+    drop_path=config.drop_path,
+    remat=config.remat,
+  )
+
+
+def initial_variables(model: nn.Module, key: jax.Array, image_size: int, channels: int) -> dict[str, Any]:
+  """Random variables of a network, {"params": ..., "batch_stats": ...}, the latter empty where it keeps none."""
+  images = jnp.zeros((1, image_size, image_size, channels))
+  return {"batch_stats": {}} | model.init(key, images, train=False)
 
 
 def abstract_variables(model: nn.Module, image_size: int, channels: int) -> dict[str, Any]:
   """Shapes and dtypes of a network's variables."""
-  images = jnp.zeros((1, image_size, image_size, channels))
-  return jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+  return jax.eval_shape(lambda: initial_variables(model, jax.random.key(0), image_size, channels))

@@ -6,15 +6,19 @@ import pathlib
 import zlib
 from typing import Any
 
+import flax.linen as nn
 import jax
 import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers
 
 from selfreg_jax import config as configs
+from selfreg_jax import mesh as meshes
 from selfreg_jax.data.manifest import DatasetInfo, Manifest
 from selfreg_jax.errors import UserError
+from selfreg_jax.models.factory import abstract_variables, build_model
 from selfreg_jax.training.step import TrainState
 
 METRIC = "val_dice"
@@ -77,21 +81,37 @@ class Checkpoints:
       manifest: of the prepared dataset.
       val_dice: mean foreground Dice on the validation cases, if validated.
     """
-    step = int(state.step)
-    items = _items(state)
-    dataset = {**dataclasses.asdict(DatasetInfo.of(manifest)), "fingerprint": manifest.fingerprint()}
-    saved = self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        variables=ocp.args.StandardSave(items["variables"]),
-        training=ocp.args.StandardSave(items["training"]),
-        config=ocp.args.JsonSave(configs.to_json(config)),
-        dataset=ocp.args.JsonSave(dataset),
-        checksums=ocp.args.JsonSave({name: _checksums(item) for name, item in items.items()}),
-      ),
-      metrics=None if val_dice is None else {METRIC: val_dice},
-    )
-    if not saved:
+    metrics = None if val_dice is None else {METRIC: val_dice}
+    self._save(int(state.step), _items(state), config, DatasetInfo.of(manifest), manifest.fingerprint(), metrics)
+
+  def save_weights(self, variables: dict[str, Any], config: ml_collections.ConfigDict, dataset: DatasetInfo) -> None:
+    """Saves weights that were not trained here, as step 0: enough to predict with or start from, not to continue.
+
+    Args:
+      variables: {"params": ..., "batch_stats": ...}.
+      config: with the network and the image size that they belong to.
+      dataset: what prediction must know of the data that they were trained on.
+    """
+    self._save(0, {"variables": variables}, config, dataset, fingerprint="", metrics=None)
+
+  def can_continue(self, step: int) -> bool:
+    """Whether training can go on from a checkpoint: one of `save_weights` has no state of an optimizer."""
+    return (self._directory / str(step) / "training").exists()
+
+  def _save(
+    self,
+    step: int,
+    items: dict[str, Any],
+    config: ml_collections.ConfigDict,
+    dataset: DatasetInfo,
+    fingerprint: str,
+    metrics: dict[str, float] | None,
+  ) -> None:
+    arguments = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+    arguments["config"] = ocp.args.JsonSave(configs.to_json(config))
+    arguments["dataset"] = ocp.args.JsonSave({**dataclasses.asdict(dataset), "fingerprint": fingerprint})
+    arguments["checksums"] = ocp.args.JsonSave({name: _checksums(item) for name, item in items.items()})
+    if not self._manager.save(step, args=ocp.args.Composite(**arguments), metrics=metrics):
       raise RuntimeError(f"Orbax refused to save step {step}: the newest checkpoint is {self.latest_step()}")
 
   def config(self, step: int) -> ml_collections.ConfigDict:
@@ -160,6 +180,58 @@ class Checkpoints:
         names = ", ".join(dict(damaged))
         raise UserError(f"{path}: the values of {names} differ from what was saved; the file is damaged")
     return items
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+  """A network as a checkpoint holds it, ready to predict.
+
+  Attributes:
+    config: that it was trained with.
+    dataset: what prediction must know of the data that it was trained on.
+    model: the Linen module.
+    variables: its variables, a copy on every device of `mesh`.
+    mesh: the devices.
+    step: of the checkpoint; 0 for weights that were not trained here.
+    val_dice: mean foreground Dice of the checkpoint on the validation cases; None where there were none.
+  """
+
+  config: ml_collections.ConfigDict
+  dataset: DatasetInfo
+  model: nn.Module
+  variables: dict[str, Any]
+  mesh: Mesh
+  step: int
+  val_dice: float | None
+
+
+def load_trained(workdir: str | os.PathLike, *, checkpoint: str = "best") -> Trained:
+  """Restores the network of a workdir on this process's devices.
+
+  Args:
+    workdir: of `train.py` or of `selfreg_jax.models.pretrained`.
+    checkpoint: "best" (by validation Dice; the newest where none was validated) or "latest".
+
+  Returns:
+    The network.
+
+  Raises:
+    UserError: no workdir of a run, or no checkpoint in it yet, or a damaged one.
+  """
+  if checkpoint not in ("best", "latest"):
+    raise ValueError(f"checkpoint must be 'best' or 'latest', got {checkpoint!r}")
+  if not pathlib.Path(workdir, FOLDER).is_dir():
+    raise UserError(f"{workdir}: not the workdir of a training run (it has no folder {FOLDER})")
+  with Checkpoints(workdir, read_only=True) as checkpoints:
+    step = checkpoints.best_step() if checkpoint == "best" else checkpoints.latest_step()
+    if step is None:
+      raise UserError(f"{workdir}: no checkpoint yet; train.py writes the first one at its first validation")
+    config, (dataset, _) = checkpoints.config(step), checkpoints.dataset(step)
+    model = build_model(config.model, len(dataset.classes))
+    mesh = meshes.make_mesh(jax.local_devices())
+    abstract = meshes.replicated_like(abstract_variables(model, config.data.image_size, dataset.channels), mesh)
+    variables = checkpoints.restore_variables(step, abstract)
+    return Trained(config, dataset, model, variables, mesh=mesh, step=step, val_dice=checkpoints.metric(step))
 
 
 def _metric(metrics: Any) -> float:

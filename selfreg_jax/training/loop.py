@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
@@ -19,15 +18,16 @@ from jax.sharding import Mesh
 from selfreg_jax import config as configs
 from selfreg_jax import mesh as meshes
 from selfreg_jax import workdir as workdirs
-from selfreg_jax.data import augment, pipeline
+from selfreg_jax.data import augment, pipeline, published
 from selfreg_jax.data import manifest as manifests
 from selfreg_jax.data.manifest import Case, DatasetInfo, Manifest
 from selfreg_jax.errors import UserError
 from selfreg_jax.evaluation import metrics as volume_metrics
 from selfreg_jax.evaluation import protocols, report
 from selfreg_jax.evaluation.inference import SlicePredictor, make_apply
-from selfreg_jax.models.factory import build_model
+from selfreg_jax.models.factory import build_model, initial_variables
 from selfreg_jax.training import optimizer as optimizers
+from selfreg_jax.training import warm_start
 from selfreg_jax.training.checkpoints import Checkpoints
 from selfreg_jax.training.logging import RunLogger
 from selfreg_jax.training.signals import TrainingInterruptedError, stop_requests
@@ -35,7 +35,7 @@ from selfreg_jax.training.step import NO_STEP, Batch, TrainState, create_state, 
 
 _PANEL_SLICES = 4
 _PANEL_WIDTH = 900  # pixels that small slices are enlarged to
-_FIXED_BY_CHECKPOINT = ("config.model.name", "config.model.widths", "config.model.upsample", "config.optimizer.name")
+_FIXED_BY_CHECKPOINT = (*(f"config.model.{name}:" for name in configs.WEIGHT_SHAPING), "config.optimizer.name:")
 _STEPS_IN_FLIGHT = 2
 
 
@@ -77,6 +77,7 @@ def train_and_evaluate(
   mesh = meshes.make_mesh(devices)
   meshes.check_batch_size(config.data.batch_size, mesh)
   manifest = manifests.load(config.data.dir, verify=config.data.verify)
+  check_published_classes(config, manifest)
   dataset = pipeline.SliceDataset(config.data.dir, manifest)
   sampling = pipeline.Sampling(config.data.batch_size, config.seed, config.data.foreground_fraction)
   stream = pipeline.batches(dataset, sampling, process_index=jax.process_index(), process_count=jax.process_count())
@@ -85,6 +86,10 @@ def train_and_evaluate(
 
   with workdirs.hold(workdir) as folder, Checkpoints(folder) as checkpoints:
     start_step = checkpoints.latest_step() or 0
+    if checkpoints.latest_step() is not None and not checkpoints.can_continue(start_step):
+      raise UserError(
+        f"{folder}: holds converted weights, not a run; give another --workdir and --config.init_from={folder}"
+      )
     if start_step:
       check_same_run(checkpoints, start_step, config, manifest, override=override)
 
@@ -95,14 +100,19 @@ def train_and_evaluate(
     key = jax.random.key(config.seed)
 
     def initial_state(key: jax.Array) -> TrainState:
-      images = jnp.zeros((1, config.data.image_size, config.data.image_size, manifest.channels))
-      variables = model.init(named_key(key, "init"), images, train=False)
+      variables = initial_variables(model, named_key(key, "init"), config.data.image_size, manifest.channels)
       return create_state(variables, optimizer, key)
 
-    # 3. A checkpoint, if there is one, instead of initial weights.
+    # 3. A checkpoint, if there is one; else given weights, if there are any; else random ones.
+    origin = []
     if start_step:
       abstract = meshes.replicated_like(jax.eval_shape(initial_state, key), mesh)
       state = checkpoints.restore(start_step, abstract)
+    elif config.init_from:
+      variables, origin = warm_start.load(
+        config.init_from, model, DatasetInfo.of(manifest), config.data.image_size, named_key(key, "init")
+      )
+      state = jax.jit(create_state, static_argnums=1, out_shardings=meshes.replicated(mesh))(variables, optimizer, key)
     else:
       state = jax.jit(initial_state, out_shardings=meshes.replicated(mesh))(key)
 
@@ -120,6 +130,8 @@ def train_and_evaluate(
     # 4. The loop.
     with RunLogger(folder, start_step=start_step, steps=steps) as logger, stop_requests() as stop:
       introduce(logger, state, config, manifest, mesh, steps, start_step)
+      for line in origin:
+        logger.say(line)
       batches = pipeline.iterate(stream, start_step, threads=config.data.threads, prefetch=config.data.prefetch)
       accumulator = MetricAccumulator(config.data.batch_size)
       for step in range(start_step, steps):
@@ -179,6 +191,16 @@ def make_input_fn(config: ml_collections.ConfigDict, manifest: Manifest) -> Call
     return {"image": image, "label": label}
 
   return input_fn
+
+
+def check_published_classes(config: ml_collections.ConfigDict, manifest: Manifest) -> None:
+  """Raises UserError where the recipe is for a published dataset and the prepared one has other classes."""
+  if config.data.name and manifest.classes != published.PUBLISHED[config.data.name].classes:
+    raise UserError(
+      f"{config.data.dir}: holds the classes {', '.join(manifest.classes)}, but config.data.name = "
+      f"{config.data.name!r} has {', '.join(published.PUBLISHED[config.data.name].classes)}; prepare the dataset with "
+      "these, or train on your own classes with --config.data.name=''"
+    )
 
 
 def check_same_run(
