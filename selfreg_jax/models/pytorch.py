@@ -223,7 +223,7 @@ class Conversion:
   mirrored: int | None = None
 
   def variables(self, key: jax.Array | None = None) -> dict[str, Any]:
-    """Complete {"params": ..., "batch_stats": ...}; where weights are missing, initial values from the key or seed 0."""
+    """{"params": ..., "batch_stats": ...}; where weights are missing, initial values from the key, or from seed 0."""
     filled = self.filled
     if self.missing or self.misfits:
       initial = jax.jit(self.initialize)(jax.random.key(0) if key is None else key)
