@@ -30,9 +30,7 @@ def base_config(network: str = "unet") -> ConfigDict:
   config.init_from = ""
 
   config.data = data = ConfigDict()
-  data.name = (
-    ""  # published dataset that the recipe is made for ("synapse", "acdc"): its classes are checked; "" for none
-  )
+  data.name = ""  # published dataset of the recipe, whose classes the data must have: "synapse", "acdc", ...; "": any
   data.dir = ""  # folder that `python -m selfreg_jax.data.prepare` wrote
   data.batch_size = 24  # slices of a global batch, over all devices
   data.image_size = 224  # pixels a side of what the network sees; slices are resized to it by cubic splines

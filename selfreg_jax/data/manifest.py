@@ -4,7 +4,7 @@ A prepared dataset is a folder:
 
     manifest.json            written last, so that a folder without it was never completed
     cases/<id>.image.npy     (slices, rows, columns, channels), stored values; times `scale` they are what networks see
-    cases/<id>.label.npy     (slices, rows, columns) uint8 class ids
+    cases/<id>.label.npy     (slices, rows, columns) uint8 class ids; an image is a case of one slice
 
 The arrays are slices of whole cases at native resolution, in the orientation named by the manifest, and are read
 through memory maps. This module imports NumPy only.
@@ -23,7 +23,9 @@ from selfreg_jax.errors import UserError
 
 FILE_NAME = "manifest.json"
 FORMAT = "selfreg_jax prepared dataset"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+KINDS = ("volume", "image")
+UNITS = ("mm", "voxel", "pixel")
 SPLITS = ("train", "val", "test")
 _CHUNK_BYTES = 1 << 24  # what `checksum` holds in memory at a time
 
@@ -33,8 +35,8 @@ class Intensity:
   """How raw intensities become network inputs.
 
   Attributes:
-    kind: "window" (clip to [low, high], then to [0, 1]), "minmax" (of each volume, to [0, 1]) or "zscore" (of each
-      volume, to mean 0 and deviation 1).
+    kind: "window" (clip to [low, high], then to [0, 1]), "minmax" (of each case and channel, to [0, 1]), "zscore" (of
+      each case and channel, to mean 0 and deviation 1) or "byte" (8-bit colours / 255).
     low: lower end of the window in the file's units (HU for CT); None unless kind is "window".
     high: upper end of the window.
   """
@@ -53,12 +55,15 @@ class Case:
     image: the image array's file, relative to the dataset's folder.
     label: the label array's file.
     shape: (slices, rows, columns, channels) of the image array.
-    spacing: millimetres between voxel centres along (slice, row, column).
-    axcodes: where the indices along (slice, row, column) grow to, e.g. ("S", "R", "A").
-    affine: (4, 4) voxel (x, y, z) of the file as stored -> millimetres, as nested lists.
-    file_shape: (x, y, z) voxels of the file as stored.
-    header: the image file's NIfTI header as it stood (base64): class maps are written back under it.
-    sources: {"image": file, "label": file}, relative to the source folder where they lie below it.
+    spacing: between voxel centres along (slice, row, column), in the manifest's unit; 1 where the source gives none.
+    axcodes: where the indices along (slice, row, column) grow to, e.g. ("S", "R", "A"); None where the source gives no
+      orientation (images, packs).
+    affine: (4, 4) voxel (x, y, z) of the file as stored -> millimetres, as nested lists; None likewise.
+    file_shape: voxels of the file as stored, (x, y, z); (rows, columns) of an image.
+    header: the image file's NIfTI header as it stood (base64): class maps are written back under it; None where the
+      source is no NIfTI file.
+    group: what must not be parted by a split (the patient); the case's own id where nothing is known.
+    sources: {"image": file or files, "label": file}, relative to the source folder where they lie below it.
     checksums: {"image": crc32, "label": crc32} of the array files, as eight hexadecimal digits.
     class_voxels: voxels of each class id, background included.
     foreground_slices: indices of the slices that hold any class besides background.
@@ -69,11 +74,12 @@ class Case:
   label: str
   shape: tuple[int, int, int, int]
   spacing: tuple[float, float, float]
-  axcodes: tuple[str, str, str]
-  affine: tuple[tuple[float, ...], ...]
-  file_shape: tuple[int, int, int]
-  header: str
-  sources: dict[str, str]
+  axcodes: tuple[str, str, str] | None
+  affine: tuple[tuple[float, ...], ...] | None
+  file_shape: tuple[int, ...]
+  header: str | None
+  group: str
+  sources: dict[str, str | list[str]]
   checksums: dict[str, str]
   class_voxels: tuple[int, ...]
   foreground_slices: tuple[int, ...]
@@ -85,6 +91,8 @@ class Manifest:
 
   Attributes:
     dataset: the preparation that made it ("msd", "phantom", ...).
+    kind: "volume" or "image" (2-D: every case has one slice, scored as an image).
+    unit: of the spacings: "mm", or "voxel" or "pixel" where the source gives no physical size.
     classes: class names by id; the first is the background.
     channels: channels of every image.
     intensity: how raw values were mapped.
@@ -92,12 +100,17 @@ class Manifest:
     scale: stored value * scale = network input.
     orientation: "ras" (nibabel's closest canonical) or "stored".
     axis: the axis of the (x, y, z) array, after orientation, along which slices are cut.
-    splits: case ids by split name ("train", "val", "test"), each sorted.
+    splits: case ids by split name ("train", "val", "test"), each sorted. With folds, "train" holds all cases that are
+      not for testing and "val" is empty.
+    folds: for cross-validation, the validation ids of each fold, sorted; together they are the split "train". Empty
+      without cross-validation.
     cases: the cases by id.
     source: where the raw files were read from.
   """
 
   dataset: str
+  kind: str
+  unit: str
   classes: tuple[str, ...]
   channels: int
   intensity: Intensity
@@ -106,6 +119,7 @@ class Manifest:
   orientation: str
   axis: int
   splits: dict[str, tuple[str, ...]]
+  folds: tuple[tuple[str, ...], ...]
   cases: dict[str, Case]
   source: str
 
@@ -117,6 +131,27 @@ class Manifest:
   def split(self, name: str) -> list[Case]:
     """The cases of a split, in the manifest's order."""
     return [self.cases[case_id] for case_id in self.splits[name]]
+
+  def with_fold(self, fold: int) -> "Manifest":
+    """The dataset as one fold of its cross-validation sees it: that fold's cases are "val", the others "train".
+
+    Args:
+      fold: 0 .. number of folds - 1; -1 for a dataset that was prepared without folds.
+
+    Returns:
+      The manifest with other splits (the same one for -1).
+
+    Raises:
+      UserError: the fold does not exist, or one must be chosen.
+    """
+    if fold == -1 and not self.folds:
+      return self
+    if not 0 <= fold < len(self.folds):
+      what = f"has {len(self.folds)} folds: give 0 to {len(self.folds) - 1}" if self.folds else "has no folds: give -1"
+      raise UserError(f"config.data.fold = {fold}: the dataset {what} (prepare makes folds with --folds)")
+    held_out = self.folds[fold]
+    train = tuple(case_id for case_id in self.splits["train"] if case_id not in held_out)
+    return dataclasses.replace(self, splits=self.splits | {"train": train, "val": held_out})
 
   def to_json(self) -> dict[str, Any]:
     """The manifest as the JSON object that is written to disk."""
@@ -131,8 +166,9 @@ class Manifest:
       for case_id, case in fields.pop("cases").items()
     }
     splits = {name: tuple(ids) for name, ids in fields.pop("splits").items()}
-    classes = tuple(fields.pop("classes"))
-    return cls(classes=classes, intensity=Intensity(**fields.pop("intensity")), splits=splits, cases=cases, **fields)
+    classes, folds = tuple(fields.pop("classes")), _as_tuples(fields.pop("folds"))
+    intensity = Intensity(**fields.pop("intensity"))
+    return cls(classes=classes, intensity=intensity, splits=splits, folds=folds, cases=cases, **fields)
 
   def fingerprint(self) -> str:
     """CRC-32 over all that decides what is trained on: two preparations with equal fingerprints are interchangeable."""
@@ -176,6 +212,7 @@ class CaseArrays:
 class DatasetInfo:
   """What prediction must know of the dataset that a network was trained on; see `Manifest` for the fields."""
 
+  kind: str
   classes: tuple[str, ...]
   channels: int
   intensity: Intensity

@@ -172,6 +172,8 @@ def _prepare_into(output: pathlib.Path, intensity: Intensity, options: PrepareOp
     dtype, scale = cases.STORED_FORMATS[intensity.kind]
     made = Manifest(
       dataset=options.dataset,
+      kind="volume",
+      unit="mm",
       classes=raw.classes,
       channels=1,
       intensity=intensity,
@@ -180,6 +182,7 @@ def _prepare_into(output: pathlib.Path, intensity: Intensity, options: PrepareOp
       orientation=options.orientation,
       axis=options.axis,
       splits=splits,
+      folds=(),
       cases={outcome.case.id: outcome.case for outcome in sorted(outcomes, key=lambda outcome: outcome.case.id)},
       source=str(source),
     )
@@ -423,6 +426,7 @@ def _write_case(job: Job, geometry: cases.Geometry, image: cases.RawVolume, labe
     affine=tuple(tuple(row) for row in image.affine.tolist()),
     file_shape=image.array.shape,
     header=cases.pack_header(image.header),
+    group=case_id,
     sources={
       "image": datasets.relative(job.pair.image, job.source),
       "label": datasets.relative(job.pair.label, job.source),

@@ -3,6 +3,7 @@
 from selfreg_jax.data.manifest import DatasetInfo, Intensity
 
 SYNAPSE = DatasetInfo(
+  kind="volume",
   classes=(
     "background",
     "aorta",
@@ -21,6 +22,7 @@ SYNAPSE = DatasetInfo(
 )
 
 ACDC = DatasetInfo(
+  kind="volume",
   classes=("background", "right ventricle", "myocardium", "left ventricle"),
   channels=1,
   intensity=Intensity("minmax"),
@@ -28,4 +30,22 @@ ACDC = DatasetInfo(
   axis=2,
 )
 
-PUBLISHED: dict[str, DatasetInfo] = {"synapse": SYNAPSE, "acdc": ACDC}
+GLAS = DatasetInfo(
+  kind="image",
+  classes=("background", "gland"),
+  channels=3,
+  intensity=Intensity("byte"),
+  orientation="stored",
+  axis=2,
+)
+
+MONUSEG = DatasetInfo(
+  kind="image",
+  classes=("background", "nucleus"),
+  channels=3,
+  intensity=Intensity("byte"),
+  orientation="stored",
+  axis=2,
+)
+
+PUBLISHED: dict[str, DatasetInfo] = {"synapse": SYNAPSE, "acdc": ACDC, "glas": GLAS, "monuseg": MONUSEG}

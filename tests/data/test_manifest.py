@@ -28,6 +28,7 @@ def dataset(tmp_path):
     affine=tuple(tuple(row) for row in np.eye(4).tolist()),
     file_shape=(3, 4, 2),
     header="",
+    group="a",
     sources={"image": "a.nii.gz", "label": "a_seg.nii.gz"},
     checksums={kind: manifest.checksum(tmp_path / f"cases/a.{kind}.npy") for kind in ("image", "label")},
     class_voxels=(21, 3),
@@ -35,6 +36,8 @@ def dataset(tmp_path):
   )
   made = manifest.Manifest(
     dataset="msd",
+    kind="volume",
+    unit="mm",
     classes=("background", "liver"),
     channels=1,
     intensity=manifest.Intensity("window", -125.0, 275.0),
@@ -43,6 +46,7 @@ def dataset(tmp_path):
     orientation="ras",
     axis=2,
     splits={"train": ("a",), "val": (), "test": ()},
+    folds=(),
     cases={"a": case},
     source="/somewhere",
   )
@@ -101,8 +105,8 @@ def test_a_folder_without_manifest_is_no_dataset(dataset, tmp_path_factory):
     "[]",
     "3",
     "{}",
-    '{"format": "selfreg_jax prepared dataset", "version": 1}',
-    '{"format": "selfreg_jax prepared dataset", "version": 1, "classes": [], "splits": [], "cases": []}',
+    '{"format": "selfreg_jax prepared dataset", "version": 2}',
+    '{"format": "selfreg_jax prepared dataset", "version": 2, "classes": [], "splits": [], "cases": []}',
   ],
 )
 def test_other_json_is_not_a_manifest(dataset, content):
@@ -114,8 +118,8 @@ def test_other_json_is_not_a_manifest(dataset, content):
 
 def test_another_version_is_refused(dataset):
   directory, made = dataset
-  (directory / "manifest.json").write_text(json.dumps({**made.to_json(), "version": 2}))
-  with pytest.raises(UserError, match="version 2"):
+  (directory / "manifest.json").write_text(json.dumps({**made.to_json(), "version": 3}))
+  with pytest.raises(UserError, match="version 3"):
     manifest.load(directory)
 
 
@@ -148,3 +152,19 @@ def test_changed_bytes_are_found_when_verifying(dataset):
   manifest.load(directory)
   with pytest.raises(UserError, match="checksum differs"):
     manifest.load(directory, verify=True)
+
+
+def test_a_fold_holds_its_cases_out_and_must_be_chosen(dataset):
+  _, made = dataset
+  cases = {name: dataclasses.replace(made.cases["a"], id=name) for name in "abcd"}
+  splits = {"train": ("a", "b", "c"), "val": (), "test": ("d",)}
+  folded = dataclasses.replace(made, cases=cases, splits=splits, folds=(("a", "c"), ("b",)))
+  second = folded.with_fold(1)
+  assert second.splits == {"train": ("a", "c"), "val": ("b",), "test": ("d",)}
+  assert manifest.Manifest.from_json(json.loads(json.dumps(folded.to_json()))) == folded
+  for fold in (-1, 2):
+    with pytest.raises(UserError, match="has 2 folds: give 0 to 1"):
+      folded.with_fold(fold)
+  assert made.with_fold(-1) is made
+  with pytest.raises(UserError, match="has no folds: give -1"):
+    made.with_fold(0)
