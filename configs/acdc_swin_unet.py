@@ -7,12 +7,14 @@ It starts from the ImageNet weights of Swin-T (`swin_tiny_patch4_window7_224.pth
 which `config.init_from` names; --config.init_from= starts from random weights.
 
 Published (paper protocol, 20 test patients): Swin-Unet 90.00 % Dice, with SCR and IFD 91.49; nnU-Net 91.61.
+
+Behind a colon: `:baseline` (neither term), `:scr`, `:ifd`, `:selfreg` (both, the default).
 """
 
 from selfreg_jax import config as configs
 
 
-def get_config():
+def get_config(variant: str = "selfreg"):
   """AdamW at a constant rate, batch 12, 400 epochs, ImageNet start."""
   config = configs.base_config("swin_unet")
   config.init_from = "weights/swin_tiny_patch4_window7_224.pth"
@@ -25,4 +27,4 @@ def get_config():
   config.optimizer.learning_rate = 1e-4
   config.optimizer.schedule = "constant"
   config.train.epochs = 400
-  return config
+  return configs.select_terms(config, variant)

@@ -8,12 +8,14 @@ which `config.init_from` names; --config.init_from= starts from random weights.
 
 Published (paper protocol, 12 test cases): Swin-Unet 79.13 % Dice and 21.55 voxels HD95; with SCR and IFD 80.54 % Dice.
 Independent re-runs of the plain Swin-Unet gave 76.0 to 78.0.
+
+Behind a colon: `:baseline` (neither term), `:scr`, `:ifd`, `:selfreg` (both, the default).
 """
 
 from selfreg_jax import config as configs
 
 
-def get_config():
+def get_config(variant: str = "selfreg"):
   """SGD with polynomial decay, batch 32, 150 epochs, ImageNet start."""
   config = configs.base_config("swin_unet")
   config.init_from = "weights/swin_tiny_patch4_window7_224.pth"
@@ -26,4 +28,4 @@ def get_config():
   config.optimizer.learning_rate = 0.05
   config.optimizer.schedule = "poly"
   config.train.epochs = 150
-  return config
+  return configs.select_terms(config, variant)

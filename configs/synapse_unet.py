@@ -5,12 +5,14 @@
 
 Published (paper protocol, 12 test cases): plain UNet 76.85 % Dice and 39.70 voxels HD95; with SCR and IFD the paper
 reports 3.49 points more Dice, 80.34. One run: expect a point up or down.
+
+Behind a colon: `:baseline` (neither term), `:scr`, `:ifd`, `:selfreg` (both, the default).
 """
 
 from selfreg_jax import config as configs
 
 
-def get_config():
+def get_config(variant: str = "selfreg"):
   """SGD with polynomial decay, batch 24, 150 epochs, random start; `base_config` holds the rest of the recipe."""
   config = configs.base_config("unet")
   config.data.name = "synapse"
@@ -22,4 +24,4 @@ def get_config():
   config.optimizer.learning_rate = 0.01
   config.optimizer.schedule = "poly"
   config.train.epochs = 150
-  return config
+  return configs.select_terms(config, variant)

@@ -32,6 +32,7 @@ def base_config(network: str = "unet") -> ConfigDict:
   config.data = data = ConfigDict()
   data.name = ""  # published dataset of the recipe, whose classes the data must have: "synapse", "acdc", ...; "": any
   data.dir = ""  # folder that `python -m selfreg_jax.data.prepare` wrote
+  data.fold = -1  # of a dataset prepared with folds: the one held out for validation, from 0; -1 without folds
   data.batch_size = 24  # slices of a global batch, over all devices
   data.image_size = 224  # pixels a side of what the network sees; slices are resized to it by cubic splines
   data.foreground_fraction = 0.0  # share of slices drawn among those with foreground, 0..1; 0 is the authors' sampling
@@ -69,11 +70,34 @@ def base_config(network: str = "unet") -> ConfigDict:
   # always full: the last one of an epoch goes on with the first slices of the next.
   train.epochs = 150
   train.steps = 0  # steps instead of epochs; 0 follows epochs
-  train.validate_every = 1000  # steps between validations, each with a checkpoint; the last step always has one
+  train.validate_every = 1000  # steps between validations, each with a checkpoint (the last step has one); 0: an epoch
+  train.patience = 0  # epochs without a better validation Dice after which to stop early; 0: never
   train.log_every = 50  # steps between lines of metrics; in between nothing is read from the device
 
   config.eval = evaluation = ConfigDict()
   evaluation.batch_size = 24  # slices of a batch in validation and evaluation, rounded up to a multiple of the devices
+  return config
+
+
+def select_terms(config: ConfigDict, variant: str) -> ConfigDict:
+  """Switches off the self-regularization terms that a variant of a recipe does without.
+
+  Args:
+    config: of the whole method; changed in place.
+    variant: what stands behind the colon of `--config=configs/NAME.py:variant`: "baseline" (neither), "scr", "ifd" or
+      "selfreg" (both).
+
+  Returns:
+    The config.
+
+  Raises:
+    UserError: there is no such variant.
+  """
+  if variant not in VARIANTS:
+    raise UserError(f"--config=...:{variant}: the variants are {', '.join(VARIANTS)}")
+  for term in ("scr", "ifd"):
+    if term not in VARIANTS[variant]:
+      config.loss[f"{term}_weight"] = 0.0
   return config
 
 
@@ -102,6 +126,8 @@ def _swin_unet() -> ConfigDict:
 _NETWORKS: dict[str, Callable[[], ConfigDict]] = {"unet": _unet, "swin_unet": _swin_unet}
 NETWORKS = tuple(_NETWORKS)
 
+VARIANTS = {"baseline": (), "scr": ("scr",), "ifd": ("ifd",), "selfreg": ("scr", "ifd")}
+
 # Fields that shape the weights: a checkpoint cannot be continued under other values.
 WEIGHT_SHAPING = ("name", "widths", "upsample", "embed_dim", "depths", "heads", "window")
 
@@ -124,6 +150,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
   "seed": (lambda value: 0 <= value < 2**31, "between 0 and 2**31 - 1"),
   "data.name": _one_of("", *PUBLISHED),
   "data.dir": (bool, "the folder of a prepared dataset (--config.data.dir=DIR)"),
+  "data.fold": (lambda value: value >= -1, "the number of a fold, from 0, or -1"),
   "data.batch_size": _AT_LEAST_1,
   "data.image_size": (lambda value: value >= 2, "at least 2"),
   "data.foreground_fraction": _SHARE,
@@ -163,7 +190,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
   "optimizer.cosine_minimum": _NOT_NEGATIVE,
   "train.epochs": _AT_LEAST_1,
   "train.steps": _NOT_NEGATIVE,
-  "train.validate_every": _AT_LEAST_1,
+  "train.validate_every": _NOT_NEGATIVE,
+  "train.patience": _NOT_NEGATIVE,
   "train.log_every": _AT_LEAST_1,
   "eval.batch_size": _AT_LEAST_1,
 }

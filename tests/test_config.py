@@ -152,6 +152,10 @@ def test_every_config_file_is_usable(path):
     ("synapse_swin_unet.py", ("sgd", 0.05, "poly", 32, 150, 0.010, 0.4, 0.6)),
     ("acdc_unet.py", ("adamw", 1e-4, "constant", 12, 400, 0.1, 0.3, 0.7)),
     ("acdc_swin_unet.py", ("adamw", 1e-4, "constant", 12, 400, 0.1, 0.3, 0.7)),
+    ("glas_unet.py", ("adam", 1e-3, "cosine", 4, 2000, 0.015, 0.5, 0.5)),
+    ("glas_swin_unet.py", ("adam", 1e-3, "cosine", 4, 2000, 0.015, 0.5, 0.5)),
+    ("monuseg_unet.py", ("adam", 1e-3, "cosine", 4, 2000, 0.015, 0.5, 0.5)),
+    ("monuseg_swin_unet.py", ("adam", 1e-3, "cosine", 4, 2000, 0.015, 0.5, 0.5)),
   ],
 )
 def test_recipes_are_the_papers(path, expected):
@@ -162,5 +166,23 @@ def test_recipes_are_the_papers(path, expected):
     optimizer.name, optimizer.learning_rate, optimizer.schedule, config.data.batch_size, config.train.epochs,
     loss.scr_weight, loss.ce_weight, loss.dice_weight,
   )  # fmt: skip
-  assert (config.data.image_size, optimizer.weight_decay, optimizer.momentum) == (224, 1e-4, 0.9)
-  assert bool(config.init_from) == (config.model.name == "swin_unet")
+  histology = path.startswith(("glas", "monuseg"))
+  assert (config.data.image_size, optimizer.momentum) == (224, 0.9)
+  assert optimizer.weight_decay == (0 if histology else 1e-4)
+  assert config.train.patience == (50 if histology else 0)
+  assert bool(config.init_from) == (config.model.name == "swin_unet" and not histology)
+
+
+@pytest.mark.parametrize("path", ["synapse_unet.py", "acdc_swin_unet.py", "glas_unet.py", "monuseg_swin_unet.py"])
+def test_variants_of_a_recipe_switch_terms_off(path):
+  whole = load_config(path).loss
+  weights = {variant: load_config(f"{path}:{variant}").loss for variant in ("baseline", "scr", "ifd", "selfreg")}
+  assert {name: (loss.scr_weight > 0, loss.ifd_weight > 0) for name, loss in weights.items()} == {
+    "baseline": (False, False),
+    "scr": (True, False),
+    "ifd": (False, True),
+    "selfreg": (True, True),
+  }
+  assert weights["scr"].scr_weight == whole.scr_weight
+  with pytest.raises(UserError, match="baseline, scr, ifd, selfreg"):
+    load_config(f"{path}:both")

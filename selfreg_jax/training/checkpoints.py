@@ -19,6 +19,7 @@ from selfreg_jax import mesh as meshes
 from selfreg_jax.data.manifest import DatasetInfo, Manifest
 from selfreg_jax.errors import UserError
 from selfreg_jax.models.factory import abstract_variables, build_model
+from selfreg_jax.training.early_stopping import BestSoFar
 from selfreg_jax.training.step import TrainState
 
 METRIC = "val_dice"
@@ -30,8 +31,9 @@ class Checkpoints:
 
   A checkpoint holds the items "variables" (parameters and running statistics: all that prediction needs), "training"
   (optimizer state, step, key; the position in the data is the step), "config", "dataset" (what prediction must know of
-  the training data, and their fingerprint) and "checksums" (a CRC-32 per array, because Orbax restores flipped bytes
-  without a word). It is complete in itself: nothing else in the workdir is needed to use it.
+  the training data, and their fingerprint), "best" (the best validation so far) and "checksums" (a CRC-32 per array,
+  because Orbax restores flipped bytes without a word). It is complete in itself: nothing else in the workdir is needed
+  to use it.
   """
 
   def __init__(self, workdir: str | os.PathLike, *, read_only: bool = False):
@@ -72,6 +74,7 @@ class Checkpoints:
     manifest: Manifest,
     *,
     val_dice: float | None = None,
+    best: BestSoFar,
   ) -> None:
     """Saves in the background; only the latest and the best checkpoint are kept.
 
@@ -80,9 +83,11 @@ class Checkpoints:
       config: of the run.
       manifest: of the prepared dataset.
       val_dice: mean foreground Dice on the validation cases, if validated.
+      best: the best validation so far, this one included.
     """
     metrics = None if val_dice is None else {METRIC: val_dice}
-    self._save(int(state.step), _items(state), config, DatasetInfo.of(manifest), manifest.fingerprint(), metrics)
+    dataset, fingerprint = DatasetInfo.of(manifest), manifest.fingerprint()
+    self._save(int(state.step), _items(state), config, dataset, fingerprint, metrics, best)
 
   def save_weights(self, variables: dict[str, Any], config: ml_collections.ConfigDict, dataset: DatasetInfo) -> None:
     """Saves weights that were not trained here, as step 0: enough to predict with or start from, not to continue.
@@ -92,7 +97,7 @@ class Checkpoints:
       config: with the network and the image size that they belong to.
       dataset: what prediction must know of the data that they were trained on.
     """
-    self._save(0, {"variables": variables}, config, dataset, fingerprint="", metrics=None)
+    self._save(0, {"variables": variables}, config, dataset, fingerprint="", metrics=None, best=BestSoFar())
 
   def can_continue(self, step: int) -> bool:
     """Whether training can go on from a checkpoint: one of `save_weights` has no state of an optimizer."""
@@ -106,10 +111,12 @@ class Checkpoints:
     dataset: DatasetInfo,
     fingerprint: str,
     metrics: dict[str, float] | None,
+    best: BestSoFar,
   ) -> None:
     arguments = {name: ocp.args.StandardSave(item) for name, item in items.items()}
     arguments["config"] = ocp.args.JsonSave(configs.to_json(config))
     arguments["dataset"] = ocp.args.JsonSave({**dataclasses.asdict(dataset), "fingerprint": fingerprint})
+    arguments["best"] = ocp.args.JsonSave(best.to_json())
     arguments["checksums"] = ocp.args.JsonSave({name: _checksums(item) for name, item in items.items()})
     if not self._manager.save(step, args=ocp.args.Composite(**arguments), metrics=metrics):
       raise RuntimeError(f"Orbax refused to save step {step}: the newest checkpoint is {self.latest_step()}")
@@ -123,6 +130,10 @@ class Checkpoints:
     content = dict(self._read(step, "dataset"))
     fingerprint = content.pop("fingerprint")
     return DatasetInfo.from_json(content), fingerprint
+
+  def best_so_far(self, step: int) -> BestSoFar:
+    """The best validation of the run up to a checkpoint."""
+    return BestSoFar(**self._read(step, "best"))
 
   def restore(self, step: int, abstract_state: TrainState) -> TrainState:
     """Restores everything, bit for bit.

@@ -29,6 +29,7 @@ from selfreg_jax.models.factory import build_model, initial_variables
 from selfreg_jax.training import optimizer as optimizers
 from selfreg_jax.training import warm_start
 from selfreg_jax.training.checkpoints import Checkpoints
+from selfreg_jax.training.early_stopping import BestSoFar
 from selfreg_jax.training.logging import RunLogger
 from selfreg_jax.training.signals import TrainingInterruptedError, stop_requests
 from selfreg_jax.training.step import NO_STEP, Batch, TrainState, create_state, make_loss, make_train_step, named_key
@@ -76,13 +77,17 @@ def train_and_evaluate(
     )
   mesh = meshes.make_mesh(devices)
   meshes.check_batch_size(config.data.batch_size, mesh)
-  manifest = manifests.load(config.data.dir, verify=config.data.verify)
+  manifest = manifests.load(config.data.dir, verify=config.data.verify).with_fold(config.data.fold)
+  if config.train.patience and not manifest.splits["val"]:
+    raise UserError("config.train.patience stops by the validation Dice, but the validation split is empty; give 0")
   check_published_classes(config, manifest)
   dataset = pipeline.SliceDataset(config.data.dir, manifest)
   sampling = pipeline.Sampling(config.data.batch_size, config.seed, config.data.foreground_fraction)
   stream = pipeline.batches(dataset, sampling, process_index=jax.process_index(), process_count=jax.process_count())
   steps_per_epoch = math.ceil(len(dataset) / config.data.batch_size)
   steps = config.train.steps or config.train.epochs * steps_per_epoch
+  validate_every = config.train.validate_every or steps_per_epoch
+  patience = config.train.patience * steps_per_epoch
 
   with workdirs.hold(workdir) as folder, Checkpoints(folder) as checkpoints:
     start_step = checkpoints.latest_step() or 0
@@ -104,10 +109,10 @@ def train_and_evaluate(
       return create_state(variables, optimizer, key)
 
     # 3. A checkpoint, if there is one; else given weights, if there are any; else random ones.
-    origin = []
+    origin, best = [], BestSoFar()
     if start_step:
       abstract = meshes.replicated_like(jax.eval_shape(initial_state, key), mesh)
-      state = checkpoints.restore(start_step, abstract)
+      state, best = checkpoints.restore(start_step, abstract), checkpoints.best_so_far(start_step)
     elif config.init_from:
       variables, origin = warm_start.load(
         config.init_from, model, DatasetInfo.of(manifest), config.data.image_size, named_key(key, "init")
@@ -135,6 +140,11 @@ def train_and_evaluate(
       batches = pipeline.iterate(stream, start_step, threads=config.data.threads, prefetch=config.data.prefetch)
       accumulator = MetricAccumulator(config.data.batch_size)
       for step in range(start_step, steps):
+        # Asked where a validation has been, so that a run stops at the same step whether or not it was interrupted.
+        if step % validate_every == 0 and best.is_stale(step, patience):
+          logger.say(f"stopped  early: no better validation Dice for {config.train.patience} epochs")
+          steps = step
+          break
         # The tables are an argument of the step: closed over, they would be constants of megabytes in its program.
         batch = meshes.place_batch(next(batches), mesh) | {"tables": tables}
         if step == start_step:
@@ -144,17 +154,18 @@ def train_and_evaluate(
         accumulator.add(metrics)
         done = step + 1
         logger.advance(done)
-        validated = done % config.train.validate_every == 0 or done == steps
+        validated = done % validate_every == 0 or done == steps
         stopping = bool(stop) and done < steps  # asked once: a signal that comes later finds the next step
         if validated or stopping or done % config.train.log_every == 0:
           record_training(logger, accumulator, state, done, schedule, functools.partial(_case_names, dataset, stream))
         if validated:
           val_dice = validation.run(logger, state, done)
-          checkpoints.save(state, config, manifest, val_dice=val_dice)
+          best.update(val_dice, done)
+          checkpoints.save(state, config, manifest, val_dice=val_dice, best=best)
           accumulator.restart()
         if stopping:
           if not validated:
-            checkpoints.save(state, config, manifest)
+            checkpoints.save(state, config, manifest, best=best)
           checkpoints.wait()
           message = f"stopped by {stop.signal_name} after step {done}, which is saved; the same command continues"
           logger.note(message)

@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -12,6 +14,7 @@ from tensorboardX.proto.event_pb2 import Event
 import selfreg_jax as sr
 from selfreg_jax import workdir as workdirs
 from selfreg_jax.data import manifest as manifests
+from selfreg_jax.data import pipeline
 from selfreg_jax.errors import UserError
 from selfreg_jax.training import loop
 from selfreg_jax.training.checkpoints import Checkpoints
@@ -250,3 +253,73 @@ def test_damaged_checkpoints_are_noticed(whole_run, tmp_path):
   largest.write_bytes(content)
   with pytest.raises(UserError, match=r"checkpoints/6: .*(damaged|differ)"):
     train(config, tmp_path / "copy")
+
+
+def early_stopping_config(prepared):
+  config = make_small_config(prepared)
+  # 17 training slices in batches of 4 are epochs of 5 steps; validations at 5, 10, ...
+  config.train.steps, config.train.validate_every, config.train.patience = 60, 0, 2
+  return config
+
+
+def scripted_validation(monkeypatch, scores):
+  def run(self, logger, state, step):
+    return scores.get(step, 0.0)
+
+  monkeypatch.setattr(loop.Validation, "run", run)
+
+
+def test_training_stops_when_validation_has_not_got_better(prepared, tmp_path, monkeypatch):
+  config = early_stopping_config(prepared)
+  slices = len(pipeline.SliceDataset(prepared, manifests.load(prepared)))
+  epoch = math.ceil(slices / config.data.batch_size)
+  scripted_validation(monkeypatch, {epoch: 0.5, 2 * epoch: 0.6, 3 * epoch: 0.6, 4 * epoch: 0.1})
+  state = train(config, tmp_path)
+  assert int(state.step) == 4 * epoch  # the equal Dice at 3 epochs is no better one
+  assert "no better validation Dice for 2 epochs" in (tmp_path / "train.log").read_text()
+  assert sr.load(tmp_path).step in (2 * epoch, 3 * epoch)
+  assert int(train(config, tmp_path).step) == 4 * epoch  # a run that is over stays so
+
+
+def test_an_interrupted_run_stops_early_where_it_would_have(prepared, tmp_path, monkeypatch):
+  config = early_stopping_config(prepared)
+  slices = len(pipeline.SliceDataset(prepared, manifests.load(prepared)))
+  epoch = math.ceil(slices / config.data.batch_size)
+  scripted_validation(monkeypatch, {epoch: 0.5})
+  advance = loop.RunLogger.advance
+
+  def interrupting(self, step):
+    advance(self, step)
+    if step == 2 * epoch + 1:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.RunLogger, "advance", interrupting)
+    with pytest.raises(TrainingInterruptedError):
+      train(config, tmp_path)
+  assert int(train(config, tmp_path).step) == 3 * epoch
+
+
+def test_stopping_early_needs_validation_cases(prepared, small_config, tmp_path, monkeypatch):
+  manifest = manifests.load(prepared)
+  manifest.splits["val"] = ()
+  monkeypatch.setattr(manifests, "load", lambda directory, verify=False: manifest)
+  small_config.train.patience = 3
+  with pytest.raises(UserError, match=r"config.train.patience"):
+    train(small_config, tmp_path)
+
+
+def test_a_fold_trains_on_the_other_folds(prepared, small_config, tmp_path, monkeypatch):
+  manifest = manifests.load(prepared)
+  pool = (*manifest.splits["train"], *manifest.splits["val"])
+  splits = manifest.splits | {"train": pool, "val": ()}
+  folded = dataclasses.replace(manifest, splits=splits, folds=(pool[:2], pool[2:]))
+  monkeypatch.setattr(manifests, "load", lambda directory, verify=False: folded)
+  with pytest.raises(UserError, match="has 2 folds"):
+    train(small_config, tmp_path)
+  small_config.data.fold, small_config.train.steps = 1, 1
+  train(small_config, tmp_path)
+  assert "2 training cases" in (tmp_path / "train.log").read_text()
+  small_config.data.fold = 0
+  with pytest.raises(UserError, match=r"config.data.fold: 1 -> 0"):
+    train(small_config, tmp_path)
