@@ -197,11 +197,12 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def validate(config: ConfigDict) -> None:
+def validate(config: ConfigDict, *, needs_data: bool = True) -> None:
   """Checks names, types and ranges of a whole config.
 
   Args:
     config: to be checked against `base_config`.
+    needs_data: whether `data.dir` must be given.
 
   Raises:
     UserError: all that is wrong, a line each; an unknown field with the nearest valid name.
@@ -213,7 +214,7 @@ def validate(config: ConfigDict) -> None:
     problems += [
       f"{name} = {value!r} must be {_RULES[name][1]}"
       for name, value in flat.items()
-      if name in _RULES and not _RULES[name][0](value)
+      if name in _RULES and not _RULES[name][0](value) and (needs_data or name != "data.dir")
     ]
     problems = problems or list(_joint_problems(config))
   if problems:
@@ -248,16 +249,15 @@ def _unet_problems(config: ConfigDict) -> Iterator[str]:
 
 
 def _swin_unet_problems(config: ConfigDict) -> Iterator[str]:
-  from selfreg_jax.models.swin_unet import nearest_sizes, size_multiple  # a config file's import should not start JAX
+  # Here, because importing a config file should not start JAX.
+  from selfreg_jax.models.swin_unet import architecture_problem, nearest_sizes, size_multiple
 
   model, size = config.model, config.data.image_size
-  if len(model.depths) != len(model.heads):
-    yield f"model.depths {list(model.depths)} and config.model.heads {list(model.heads)} must have one number a stage"
+  if model.embed_dim % 2:
+    yield f"model.embed_dim = {model.embed_dim} must be even: IFD compares two halves of the channels"
+  if problem := architecture_problem(model.embed_dim, model.depths, model.heads):
+    yield f"model: {problem}"
     return
-  for stage, heads in enumerate(model.heads):
-    channels = model.embed_dim * 2**stage
-    if channels % heads or channels % 2:
-      yield f"model.heads = {list(model.heads)}: {heads} heads must divide the {channels} channels of stage {stage + 1}"
   multiple = size_multiple(model.depths, model.window)
   if size % multiple:
     yield (
@@ -295,7 +295,8 @@ def _same_kind(value: Any, default: Any) -> bool:
 def with_absolute_paths(config: ConfigDict) -> ConfigDict:
   """A copy whose paths hold wherever the next command is called from."""
   absolute = config.copy_and_resolve_references()
-  absolute.data.dir = os.path.abspath(config.data.dir)
+  if config.data.dir:
+    absolute.data.dir = os.path.abspath(config.data.dir)
   if config.init_from:
     absolute.init_from = os.path.abspath(config.init_from)
   return absolute
@@ -331,8 +332,11 @@ def from_json(content: dict[str, Any]) -> ConfigDict:
 
 
 def differences(ours: ConfigDict, theirs: ConfigDict) -> list[str]:
-  """Fields that differ between two configs and change the numbers of a run, as "field: theirs -> ours" lines."""
-  new, old = flatten(ours), flatten(theirs)
+  """Fields that differ between two configs and change the numbers of a run, as "field: theirs -> ours" lines.
+
+  A field that one of them lacks, being older than the field, counts with its default.
+  """
+  new, old = (flatten(base_config(_network(config))) | flatten(config) for config in (ours, theirs))
   return [
     f"config.{name}: {old.get(name)!r} -> {new.get(name)!r}"
     for name in sorted(new.keys() | old.keys())

@@ -4,8 +4,10 @@ python -m selfreg_jax.models.pretrained --config=configs/NAME.py [--config.field
 python -m selfreg_jax.models.pretrained --export=FILE.safetensors [--checkpoint=best|latest] WORKDIR
 
 INPUT is a .pth, .safetensors or .npz file with the authors' names. What prediction must know of the data (classes,
-intensities, orientation) comes from the prepared dataset in config.data.dir if there is one, else from the published
-facts of config.data.name.
+intensities, orientation) are the published facts of config.data.name, else those of the prepared dataset in
+config.data.dir.
+
+An entry point only: it stands above training, whatever its folder says.
 """
 
 import functools
@@ -38,10 +40,10 @@ def _convert(names: list[str]) -> None:
   if not pathlib.Path(source).exists():
     raise UserError(f"{source}: no such file")
   # Imported after the flags were checked: a wrong flag is told at once, not after JAX has started.
-  from selfreg_jax.training import warm_start
+  from selfreg_jax.training import interchange
 
   start = time.monotonic()
-  for line in warm_start.write_workdir(source, workdir, _CONFIG.value):
+  for line in interchange.write_workdir(source, workdir, _CONFIG.value):
     print(line)
   print(f"done in {time.monotonic() - start:.0f} s; next:")
   print(f"  python eval.py --workdir={workdir} --input=FOLDER --output=FOLDER   (predict)")
@@ -54,9 +56,9 @@ def _export(names: list[str]) -> None:
     raise UserError("--export takes one argument, WORKDIR")
   if _CONFIG.value is not None:
     raise UserError("--export takes the network from the workdir; leave --config out")
-  from selfreg_jax.training import warm_start
+  from selfreg_jax.training import interchange
 
-  for line in warm_start.export(names[0], _EXPORT.value, checkpoint=_CHECKPOINT.value):
+  for line in interchange.export(names[0], _EXPORT.value, checkpoint=_CHECKPOINT.value):
     print(line)
 
 

@@ -5,8 +5,8 @@ import functools
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.traverse_util
@@ -194,9 +194,36 @@ def _norm(torch_name: str, path: tuple[str, ...]) -> dict[str, Entry]:
   }
 
 
-_ENTRIES: dict[type, Callable[[Any], dict[str, Entry]]] = {UNet: unet_entries, SwinUNet: swin_unet_entries}
-_INPUT_KERNELS: dict[type, str] = {UNet: "inc.double_conv.0.weight", SwinUNet: "patch_embed.proj.weight"}
-HEADS: dict[type, str] = {UNet: "outc.conv.weight", SwinUNet: "output.weight"}
+@dataclasses.dataclass(frozen=True)
+class _Table:
+  """What is known of a network's PyTorch names: all entries, the first convolution, the beginning of the head's."""
+
+  entries: Callable[[Any], dict[str, Entry]]
+  input_kernel: str
+  head: str
+
+
+_TABLES: dict[type, _Table] = {
+  UNet: _Table(unet_entries, "inc.double_conv.0.weight", "outc.conv."),
+  SwinUNet: _Table(swin_unet_entries, "patch_embed.proj.weight", "output."),
+}
+_ENCODER = ("patch_embed.", "layers.", "norm.")  # what an ImageNet Swin classifier shares with the Swin-Unet
+_DECODER = ("layers_up.", "concat_back_dim.")
+_BLOCK = re.compile(r"layers(_up)?\.\d+\.(blocks\.\d+|downsample|upsample)\.|(down|up)\d+\.")
+
+
+def _table(model: nn.Module) -> _Table:
+  if type(model) not in _TABLES:
+    raise UserError(f"no PyTorch names are known for {type(model).__name__}; known are UNet and SwinUNet")
+  return _TABLES[type(model)]
+
+
+class Reshaped(NamedTuple):
+  """A tensor whose shape in the weights is not the model's; both in PyTorch's layout."""
+
+  name: str
+  found: tuple[int, ...]
+  wanted: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,51 +231,73 @@ class Conversion:
   """Flax variables made from PyTorch weights, as far as they fit, and what did not simply go over.
 
   Attributes:
+    source: where the weights come from, for messages.
     filled: the variables that the weights gave, by path, in the model's parameter dtype.
     initialize: function of a PRNG key that gives all variables of the model.
+    absent: paths of the variables that the weights did not give.
     missing: names that the model wants and the weights lack; they keep initial values.
-    unused: name and shape of the weights that the model has no place for.
-    misfits: name and both shapes of weights that do not fit; the model keeps initial values there.
-    resized: name and both shapes of weights that were resized to fit.
-    mirrored: number of decoder tensors that were filled from the encoder of an ImageNet checkpoint; None where the
-      weights are of a whole network.
+    unused: name -> shape of the weights that the model has no place for.
+    misfits: weights that do not fit; the model keeps initial values there.
+    resized: weights that were resized to fit.
+    mirrored: names of the decoder tensors that an ImageNet checkpoint's encoder filled; None where the weights are of a
+      whole network.
   """
 
+  source: str
   filled: dict[tuple[str, ...], jax.Array]
   initialize: Callable[[jax.Array], dict[str, Any]]
-  missing: tuple[str, ...] = ()
-  unused: tuple[str, ...] = ()
-  misfits: tuple[str, ...] = ()
-  resized: tuple[str, ...] = ()
-  mirrored: int | None = None
+  absent: tuple[tuple[str, ...], ...]
+  missing: tuple[str, ...]
+  unused: dict[str, tuple[int, ...]]
+  misfits: tuple[Reshaped, ...]
+  resized: tuple[Reshaped, ...]
+  mirrored: tuple[str, ...] | None
 
   def variables(self, key: jax.Array | None = None) -> dict[str, Any]:
     """{"params": ..., "batch_stats": ...}; where weights are missing, initial values from the key, or from seed 0."""
     filled = self.filled
-    if self.missing or self.misfits:
-      initial = jax.jit(self.initialize)(jax.random.key(0) if key is None else key)
-      filled = flax.traverse_util.flatten_dict(initial) | filled
+    if self.absent:
+      key = jax.random.key(0) if key is None else key
+      filled = filled | jax.jit(self._initial_values)(key)  # under jit XLA leaves out what is not asked for
     return {"params": {}, "batch_stats": {}} | flax.traverse_util.unflatten_dict(filled)
 
+  def _initial_values(self, key: jax.Array) -> dict[tuple[str, ...], jax.Array]:
+    initial = flax.traverse_util.flatten_dict(self.initialize(key))
+    return {path: initial[path] for path in self.absent}
+
   def lines(self) -> list[str]:
-    """What is worth saying, a line each; nothing where every weight went over as it was."""
+    """What became of the weights, a line each; the tensors of a block share one."""
     head = f"{len(self.filled)} tensors taken"
     if self.mirrored is not None:
-      head += f"; an ImageNet encoder: {self.mirrored} of them mirrored into the decoder"
-    details = [
-      *(f"resized: {text}" for text in self.resized),
-      *(f"does not fit, initial values kept: {text}" for text in self.misfits),
-      *(f"not in the weights, initial values kept: {text}" for text in self.missing),
-      *(f"not used: {text}" for text in self.unused),
+      head += f"; an ImageNet encoder: {len(self.mirrored)} of them mirrored into the decoder"
+    details = self.details()
+    return [head, *details] if details else [f"{head}, all of them"]
+
+  def details(self) -> list[str]:
+    """What did not simply go over, a line each; nothing where every weight went over as it was."""
+    kept = "initial values kept"
+    return [
+      *(f"resized: {name} {found} to {wanted}" for name, found, wanted in self.resized),
+      *(f"does not fit, {kept}: {name} {found}, the model has {wanted}" for name, found, wanted in self.misfits),
+      *(f"not in the weights, {kept}: {text}" for text in _by_block(self.missing)),
+      *(f"not used: {text}" for text in _by_block(self.unused)),
     ]
-    return [head, *details] if details else []
+
+
+def _by_block(names: Iterable[str]) -> list[str]:
+  """The names, those of one transformer block or one convolution block together."""
+  blocks: dict[str, list[str]] = {}
+  for name in names:
+    match = _BLOCK.match(name)
+    blocks.setdefault(match[0] if match else name, []).append(name)
+  return [names[0] if len(names) == 1 else f"{block}* ({len(names)} tensors)" for block, names in blocks.items()]
 
 
 def convert(
   weights: Mapping[str, Any] | str | os.PathLike,
   model: nn.Module,
   *,
-  image_size: int = 224,
+  image_size: int | None = None,
   channels: int | None = None,
 ) -> Conversion:
   """Fills a network's variables with PyTorch weights as far as they fit, and says what did not.
@@ -265,31 +314,24 @@ def convert(
   Raises:
     UserError: the weights cannot be read, are of another kind of network, or hold NaN or infinite values.
   """
-  if type(model) not in _ENTRIES:
-    raise UserError(f"no PyTorch names are known for {type(model).__name__}")
-  where = "the weights" if isinstance(weights, Mapping) else os.fspath(weights)
+  table = _table(model)
+  source = "the weights" if isinstance(weights, Mapping) else os.fspath(weights)
   content = weights if isinstance(weights, Mapping) else weight_files.read_weights(weights)
-  tensors, _ = weight_files.find_tensors(content, where)
+  tensors, _ = weight_files.find_tensors(content, source)
   tensors = {name: array for name, array in _without_prefixes(tensors).items() if not name.endswith(_BUFFERS)}
-  entries = _ENTRIES[type(model)](model)
-  input_kernel = _INPUT_KERNELS[type(model)]
-  if np.ndim(tensors.get(input_kernel)) != 4:
-    found = ", ".join(sorted(tensors)[:5]) or "nothing"
-    raise UserError(
-      f"{where}: not weights of the authors' {type(model).__name__}: no four-dimensional {input_kernel} among them "
-      f"(found {found}, ...)"
-    )
+  entries = table.entries(model)
+  if np.ndim(tensors.get(table.input_kernel)) != 4:
+    raise UserError(f"{source}: {_not_of_this_kind(tensors, model)}")
   bad = [name for name, array in tensors.items() if array.dtype.kind not in "iub" and not np.isfinite(array).all()]
   if bad:
-    raise UserError(f"{where}: NaN or infinite values in {', '.join(bad[:5])}")
+    raise UserError(f"{source}: NaN or infinite values in {', '.join(bad[:5])}; these weights cannot be used")
 
-  encoder_only = _is_encoder_only(tensors, model)
+  encoder_only = isinstance(model, SwinUNet) and not any(name.startswith(_DECODER) for name in tensors)
   copies = _mirrored_encoder(tensors, entries) if encoder_only else {}
-  unused = [f"{name} {array.shape}" for name, array in tensors.items() if name not in entries]
+  unused = {name: array.shape for name, array in tensors.items() if name not in entries}
   tensors |= copies
-  initialize = functools.partial(
-    model.init, images=jnp.zeros((1, image_size, image_size, channels or tensors[input_kernel].shape[1])), train=False
-  )
+  images = jnp.zeros((1, *[_side(model, image_size)] * 2, channels or tensors[table.input_kernel].shape[1]))
+  initialize = functools.partial(model.init, images=images, train=False)
   shapes = flax.traverse_util.flatten_dict(jax.eval_shape(initialize, jax.random.key(0)))
   filled, misfits, resized = {}, [], []
   for name, entry in entries.items():
@@ -297,24 +339,26 @@ def convert(
       continue
     array, wanted = tensors[name], shapes[entry.path]
     fitted = array.transpose(entry.axes) if array.ndim == len(entry.axes) else None
+    change = Reshaped(name, array.shape, _torch_shape(wanted.shape, entry))
     if fitted is not None and fitted.shape != wanted.shape:
       fitted = None if entry.fit is None else entry.fit(fitted, wanted.shape)
       if fitted is not None:
-        resized.append(f"{name} {array.shape} to {_torch_shape(wanted.shape, entry)}")
+        resized.append(change)
     if fitted is None:
-      misfits.append(f"{name} {array.shape}, the model has {_torch_shape(wanted.shape, entry)}")
+      misfits.append(change)
     else:
-      filled[entry.path] = jnp.asarray(fitted, wanted.dtype)
-  missing = [name for name in entries if name not in tensors]
-  mirrored = sum(entries[name].path in filled for name in copies) if encoder_only else None
+      # A copy: JAX would otherwise share the memory of the caller's arrays on CPU, and see what is done to them later.
+      filled[entry.path] = jnp.array(fitted, wanted.dtype)
   return Conversion(
+    source=source,
     filled=filled,
     initialize=initialize,
-    missing=tuple(missing),
-    unused=tuple(unused),
+    absent=tuple(entry.path for entry in entries.values() if entry.path not in filled),
+    missing=tuple(name for name in entries if name not in tensors),
+    unused=unused,
     misfits=tuple(misfits),
     resized=tuple(resized),
-    mirrored=mirrored,
+    mirrored=tuple(name for name in copies if entries[name].path in filled) if encoder_only else None,
   )
 
 
@@ -322,7 +366,7 @@ def from_pytorch(
   weights: Mapping[str, Any] | str | os.PathLike,
   model: nn.Module,
   *,
-  image_size: int = 224,
+  image_size: int | None = None,
   channels: int | None = None,
   strict: bool = True,
 ) -> dict[str, Any]:
@@ -333,17 +377,18 @@ def from_pytorch(
   averaged over its input channels where `channels` differ; a warning says so.
 
   Weights of an ImageNet Swin classifier (encoder stages only) fill the encoder, and encoder stage i is also copied into
-  decoder stage 3 - i; what else the decoder has keeps initial values (seed 0). Such weights are taken as far as they
-  fit, strict or not, and a warning lists what was dropped and what is missing.
+  decoder stage 3 - i; what else the decoder has keeps initial values (seed 0). The encoder must be complete and fit; a
+  warning lists what was dropped (the head, deeper stages' further blocks) and what is missing.
 
   Args:
     weights: PyTorch name -> array (anything `numpy.asarray` takes, or tensors), or the path of a `.pth`, `.safetensors`
       or `.npz` file. A `.pth` file is read without PyTorch, tensors only.
     model: the network to fill, a `UNet` or `SwinUNet`; its fields must fit the weights.
-    image_size: rows and columns of the images that the network will see (it only serves to find the variables' shapes).
+    image_size: rows and columns of the images that the network will see; parameters do not depend on it, so that None
+      (any size that the network takes) does as well.
     channels: of these images; None takes those of the weights.
     strict: refuse weights that lack an entry, hold another one, or one of the wrong shape; False keeps initial values
-      (seed 0) there, and a warning names every one.
+      (seed 0) there, and a warning names them.
 
   Returns:
     {"params": ..., "batch_stats": ...} in the model's parameter dtype; no "batch_stats" where the network has none.
@@ -355,71 +400,121 @@ def from_pytorch(
   conversion = convert(weights, model, image_size=image_size, channels=channels)
   if strict:
     check_complete(conversion, model)
-  if lines := conversion.lines():
-    warnings.warn("PyTorch weights:\n  " + "\n  ".join(lines), stacklevel=2)
+  if conversion.details():
+    warnings.warn("PyTorch weights: " + "\n  ".join(conversion.lines()), stacklevel=2)
   return {name: tree for name, tree in conversion.variables().items() if tree}
 
 
 def check_complete(conversion: Conversion, model: nn.Module, *, but_head: bool = False) -> None:
-  """Raises UserError unless the weights gave the whole network, or are those of an ImageNet encoder that fits.
+  """Raises UserError unless the weights gave the whole network, or are those of an ImageNet encoder, whole and fitting.
 
   Args:
     conversion: what became of the weights.
     model: the network that they should fill.
     but_head: a head for another number of classes does not matter.
   """
+  missing, unused, misfits = conversion.missing, conversion.unused, conversion.misfits
   if conversion.mirrored is not None:
-    if len(conversion.filled) < len(conversion.misfits):
-      raise UserError(
-        f"an ImageNet checkpoint whose blocks do not fit this {type(model).__name__} ({len(conversion.misfits)} "
-        "entries), among them:\n  " + "\n  ".join(conversion.misfits[:8])
-      )
-    return
-  misfits = [text for text in conversion.misfits if not (but_head and is_head(text, model))]
+    missing = [name for name in missing if name.startswith(_ENCODER)]
+    misfits = [change for change in misfits if change.name.startswith(_ENCODER)]
+    unused = {}
+  misfits = [change for change in misfits if not (but_head and is_head(change, model))]
   problems = [
-    *(f"missing: {text}" for text in conversion.missing),
-    *(f"unused: {text}" for text in conversion.unused),
-    *(f"shape of {text}" for text in misfits),
+    *(f"missing: {name}" for name in missing),
+    *(f"unused: {name} {shape}" for name, shape in unused.items()),
+    *(f"shape of {name}: {found}, the model has {wanted}" for name, found, wanted in misfits),
   ]
   if problems:
+    what = "the weights" if conversion.mirrored is None else "the weights, which have no decoder,"
     raise UserError(
-      f"the weights do not fit this {type(model).__name__} ({len(problems)} entries):\n  " + "\n  ".join(problems)
+      f"{conversion.source}: {what} do not fit this {type(model).__name__} ({len(problems)} entries)"
+      + _hint(conversion, model)
+      + ":\n  "
+      + "\n  ".join(problems)
     )
 
 
-def is_head(text: str, model: nn.Module) -> bool:
-  """Whether a line of a report begins with the name of a tensor of the classification head."""
-  return text.startswith(HEADS[type(model)].removesuffix("weight"))
+def is_head(change: Reshaped, model: nn.Module) -> bool:
+  """Whether a tensor belongs to the classification head, and only its number of classes differs."""
+  return change.name.startswith(_table(model).head) and change.found[1:] == change.wanted[1:]
+
+
+def _hint(conversion: Conversion, model: nn.Module) -> str:
+  """What probably differs, in terms of the model's fields."""
+  transposed = [name for name in (*conversion.unused, *conversion.missing) if re.match(r"up\d+\.up\.", name)]
+  if transposed:  # only a UNet has such names, and only one of the two kinds
+    return f'; they are of a UNet with upsample = "{"transpose" if transposed[0] in conversion.unused else "bilinear"}"'
+  kernel = _table(model).input_kernel
+  for name, found, wanted in conversion.misfits:
+    if name == kernel and found[0] != wanted[0]:
+      field = "embed_dim" if isinstance(model, SwinUNet) else "widths[0]"
+      return f"; they are of a network with {field} = {found[0]}, this one has {wanted[0]}"
+  return ""
+
+
+def _not_of_this_kind(tensors: Mapping[str, np.ndarray], model: nn.Module) -> str:
+  for kind, table in _TABLES.items():
+    if kind is not type(model) and np.ndim(tensors.get(table.input_kernel)) == 4:
+      return (
+        f"weights of a {kind.__name__}, not of a {type(model).__name__}; choose the model (config) that they are of"
+      )
+  found = ", ".join(sorted(tensors)[:5]) or "nothing"
+  return (
+    f"not weights of the authors' {type(model).__name__}: no four-dimensional {_table(model).input_kernel} among them "
+    f"(found {found}, ...)"
+  )
 
 
 def to_pytorch(
-  variables: Mapping[str, Any], model: nn.Module, *, image_size: int = 224, prefix: str = ""
+  variables: Mapping[str, Any], model: nn.Module, *, image_size: int | None = None, prefix: str = ""
 ) -> dict[str, np.ndarray]:
-  """The reverse of `from_pytorch`: a state dict that the authors' code loads, its buffers included.
+  """The reverse of `from_pytorch`: a state dict for the authors' networks, their buffers included.
+
+  The authors' Swin-Unet stands inside another module: for that one give prefix="swin_unet.".
 
   Args:
     variables: {"params": ..., "batch_stats": ...} of the model.
     model: the network they belong to, a `UNet` or `SwinUNet`.
-    image_size: rows and columns of the images; the attention masks among a Swin-Unet's buffers depend on it.
-    prefix: put before every name; the authors' own Swin-Unet checkpoints have "swin_unet.".
+    image_size: rows and columns of the images, on which the attention masks among a Swin-Unet's buffers depend; None:
+      the smallest that the network takes, 224 for the paper's.
+    prefix: put before every name.
 
   Returns:
-    PyTorch name -> array in PyTorch's layout. `num_batches_tracked` is 0, which matters only to averages that PyTorch
-    makes without a momentum.
+    PyTorch name -> array of its own in PyTorch's layout. `num_batches_tracked` is 0, which matters only to averages
+    that PyTorch makes without a momentum.
 
   Raises:
-    UserError: no PyTorch names are known for the network.
-    KeyError: the variables are not of this network.
+    UserError: no PyTorch names are known for the network, or the variables are not of this network.
   """
-  if type(model) not in _ENTRIES:
-    raise UserError(f"no PyTorch names are known for {type(model).__name__}")
+  entries = _table(model).entries(model)
   flat = flax.traverse_util.flatten_dict(dict(variables))
+  head = entries[_table(model).head + "weight"]
+  if lacking := [entry.path for entry in entries.values() if entry.path not in flat]:
+    raise UserError(
+      f"these are not the variables of this {type(model).__name__}: {len(lacking)} entries are missing, such as "
+      f"{'/'.join(lacking[0])}; give the whole {{'params': ..., 'batch_stats': ...}}"
+    )
+  if flat[head.path].shape[-1] != model.num_classes:
+    raise UserError(
+      f"the variables are of a network with {flat[head.path].shape[-1]} classes, the model has {model.num_classes}"
+    )
   tensors = {
-    name: np.ascontiguousarray(np.asarray(flat[entry.path]).transpose(np.argsort(entry.axes)))
-    for name, entry in _ENTRIES[type(model)](model).items()
+    name: np.array(np.asarray(flat[entry.path]).transpose(np.argsort(entry.axes)), order="C")
+    for name, entry in entries.items()
   }
-  buffers = _swin_buffers(model, image_size) if isinstance(model, SwinUNet) else _batch_counts(tensors)
+  buffers = _swin_buffers(model, _side(model, image_size)) if isinstance(model, SwinUNet) else _batch_counts(tensors)
   return {prefix + name: tensor for name, tensor in (tensors | buffers).items()}
+
+
+def _side(model: nn.Module, image_size: int | None) -> int:
+  """An image side that the model takes: the one that is given, if it does."""
+  if not isinstance(model, SwinUNet):
+    return image_size or 224
+  multiple = swin_unet.size_multiple(model.depths, model.window)
+  if image_size is not None and image_size % multiple:
+    nearest = swin_unet.nearest_sizes(image_size, multiple)
+    raise UserError(f"image_size = {image_size} must be a multiple of {multiple} for this SwinUNet; use {nearest}")
+  return image_size or multiple
 
 
 def _batch_counts(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -436,10 +531,9 @@ def _swin_buffers(model: SwinUNet, image_size: int) -> dict[str, np.ndarray]:
     stage_names = [f"layers.{i}"] + ([f"layers_up.{stages - 1 - i}"] if i < stages - 1 else [])
     for stage in stage_names:
       for j in range(depth):
-        buffers[f"{stage}.blocks.{j}.attn.relative_position_index"] = index
+        buffers[f"{stage}.blocks.{j}.attn.relative_position_index"] = index.copy()
         if shift := swin_unet.block_shift((side, side), model.window, j):
-          mask = swin_unet.shift_mask(side, side, model.window, shift)
-          buffers[f"{stage}.blocks.{j}.attn_mask"] = mask
+          buffers[f"{stage}.blocks.{j}.attn_mask"] = swin_unet.shift_mask(side, side, model.window, shift).copy()
   return buffers
 
 
@@ -448,12 +542,6 @@ def _without_prefixes(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
     if tensors and all(name.startswith(prefix) for name in tensors):
       tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
   return dict(tensors)
-
-
-def _is_encoder_only(tensors: Mapping[str, np.ndarray], model: nn.Module) -> bool:
-  return isinstance(model, SwinUNet) and not any(
-    name.startswith(("layers_up.", "concat_back_dim.")) for name in tensors
-  )
 
 
 def _mirrored_encoder(tensors: Mapping[str, np.ndarray], entries: Mapping[str, Entry]) -> dict[str, np.ndarray]:

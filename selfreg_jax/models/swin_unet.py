@@ -38,6 +38,16 @@ def size_multiple(depths: Sequence[int], window: int) -> int:
   return PATCH * 2 ** (len(depths) - 1) * window
 
 
+def architecture_problem(embed_dim: int, depths: Sequence[int], heads: Sequence[int]) -> str | None:
+  """What is wrong with the fields of a `SwinUNet`, in words; None if they fit together."""
+  if len(depths) < 2 or len(depths) != len(heads) or min(depths) < 1:
+    return f"depths {list(depths)} and heads {list(heads)} must have one number for each of two or more stages"
+  for stage, number in enumerate(heads):
+    if embed_dim * 2**stage % number:
+      return f"heads {list(heads)}: {number} heads must divide the {embed_dim * 2**stage} channels of stage {stage + 1}"
+  return None
+
+
 def nearest_sizes(size: int, multiple: int) -> str:
   """The valid sizes next to one that is not, for messages: "224 or 448", or only the larger one."""
   lower = size // multiple * multiple
@@ -73,7 +83,7 @@ def relative_position_index(window: int) -> np.ndarray:
   rows, columns = (axis.reshape(-1) for axis in np.indices((window, window)))
   row_steps = rows[:, None] - rows[None, :] + window - 1
   column_steps = columns[:, None] - columns[None, :] + window - 1
-  return (row_steps * (2 * window - 1) + column_steps).astype(np.int32)
+  return _read_only((row_steps * (2 * window - 1) + column_steps).astype(np.int32))
 
 
 @functools.lru_cache
@@ -95,7 +105,12 @@ def shift_mask(height: int, width: int, window: int, shift: int) -> np.ndarray:
   row_region, column_region = (np.digitize(np.arange(size), (size - window, size - shift)) for size in (height, width))
   regions = 3 * row_region[:, None] + column_region[None, :]
   tokens = regions.reshape(height // window, window, width // window, window).swapaxes(1, 2).reshape(-1, window**2)
-  return np.where(tokens[:, :, None] == tokens[:, None, :], 0, _OTHER_REGION).astype(np.float32)
+  return _read_only(np.where(tokens[:, :, None] == tokens[:, None, :], 0, _OTHER_REGION).astype(np.float32))
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+  array.setflags(write=False)  # the tables are cached and shared
+  return array
 
 
 class WindowAttention(nn.Module):
@@ -346,13 +361,8 @@ class SwinUNet(nn.Module):
   def _check(self, images: Array) -> None:
     if images.ndim != 4:
       raise ValueError(f"images must be (B, H, W, channels), got shape {images.shape}")
-    if len(self.depths) < 2 or len(self.depths) != len(self.heads) or min(self.depths) < 1:
-      raise ValueError(
-        f"depths {tuple(self.depths)} and heads {tuple(self.heads)} must name the same two or more stages"
-      )
-    indivisible = [self.embed_dim * 2**i for i, heads in enumerate(self.heads) if (self.embed_dim * 2**i) % heads]
-    if indivisible:
-      raise ValueError(f"heads {tuple(self.heads)} do not divide the stages' channels {indivisible}")
+    if problem := architecture_problem(self.embed_dim, self.depths, self.heads):
+      raise ValueError(problem)
     multiple = size_multiple(self.depths, self.window)
     for axis, size in zip(("rows", "columns"), images.shape[1:3], strict=True):
       if size % multiple or not size:

@@ -53,7 +53,8 @@ _FUNCTIONS = (
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 
 # A thousand tensors take 0.2 MB of pickle; a hostile pickle becomes objects of some 70 times its size.
-_MAX_PICKLE_BYTES = 1 << 24
+_MAX_PICKLE_BYTES = 1 << 22
+_MAX_NPZ_BYTES = 1 << 32  # of all arrays together, uncompressed
 _MAX_DIMENSIONS = 64  # NumPy's own limit
 _CHUNK_BYTES = 1 << 20
 _HEAD_BYTES = 512
@@ -113,7 +114,7 @@ def read_weights(path: str | os.PathLike) -> dict[str, Any]:
       files that PyTorch reads the message gives a command that saves the weights alone.
   """
   path = pathlib.Path(path)
-  ending = path.suffix.lower()
+  ending = _ending(path)
   if ending not in (*_PYTORCH_ENDINGS, ".safetensors", ".npz"):
     endings = ", ".join((*_PYTORCH_ENDINGS, ".safetensors"))
     raise UserError(f"{path}: unknown ending {ending!r}; weights are read from files named {endings} or .npz")
@@ -192,13 +193,18 @@ def check_ending_for_writing(path: str | os.PathLike) -> None:
     raise UserError(f"{path}: weights are written as .safetensors or .npz; give the file one of these endings")
 
 
+def _ending(path: pathlib.Path) -> str:
+  """A file's ending; of `.pth.tar`, a common name for what is no tar file, the first half."""
+  return pathlib.PurePath(path.name.lower().removesuffix(".tar")).suffix
+
+
 def _read_open(path: pathlib.Path, file: BinaryIO) -> dict[str, Any]:
   head = file.read(_HEAD_BYTES)
   if not head:
     raise UserError(f"{path}: is empty; copy or download it again")
   kind = _kind_of(head)
   file.seek(0)
-  ending = path.suffix.lower()
+  ending = _ending(path)
   try:
     if ending == ".npz":
       return _read_npz(path, file, kind)
@@ -281,6 +287,11 @@ def _read_npz(path: pathlib.Path, file: BinaryIO, kind: str | None) -> dict[str,
     raise UserError(f"{path}: not an .npz file" + (f": it {_KINDS[kind]}" if kind else "; numpy.savez writes them"))
   if not zipfile.is_zipfile(file):
     raise UserError(f"{path}: truncated (no zip directory at its end); copy or download it again")
+  file.seek(0)
+  with zipfile.ZipFile(file) as archive:
+    unpacked = sum(info.file_size for info in archive.infolist())
+  if unpacked > _MAX_NPZ_BYTES:
+    raise UserError(f"{path}: unpacks to {unpacked / 2**30:.1f} GiB, too much for weights; check where it comes from")
   file.seek(0)
   with np.load(file, allow_pickle=False) as arrays:
     if any(name.endswith("data.pkl") for name in arrays.files):
@@ -427,10 +438,9 @@ class _PickleMachine:
         self._below.append(self._stack)
         self._stack = []
       case "TUPLE":
-        self._push(tuple(self._pop_to_mark()))
+        self._push_tuple(self._pop_to_mark())
       case "TUPLE1" | "TUPLE2" | "TUPLE3":
-        items = [self._pop() for _ in range(int(opcode[-1]))]
-        self._push(tuple(reversed(items)))
+        self._push_tuple([self._pop() for _ in range(int(opcode[-1]))][::-1])
       case "EMPTY_LIST":
         self._push([])
       case "EMPTY_DICT":
@@ -484,6 +494,13 @@ class _PickleMachine:
     items, self._stack = self._stack, self._below.pop()
     return items
 
+  def _push_tuple(self, items: list[Any]) -> None:
+    # The arguments of a tensor hold stand-ins, but never a tuple with one in it: looking one level down is enough.
+    for item in items:
+      if type(item) is tuple:
+        _check_plain(item)
+    self._push(tuple(items))
+
   def _recall(self, index: int) -> Any:
     if index not in self._memo:
       raise _DamagedError("the pickle refers to what it never had")
@@ -529,9 +546,11 @@ class _PickleMachine:
 
 
 def _check_plain(value: Any) -> None:
-  if isinstance(value, _Global | _Storage):
-    what = _shown(value.name) if isinstance(value, _Global) else "a storage without a tensor"
-    raise _RefusedError(f"holds {what} beside weights and plain values; such objects are not read")
+  """Refuses a stand-in, and a tuple that holds one."""
+  for item in value if type(value) is tuple else (value,):
+    if isinstance(item, _Global | _Storage):
+      what = _shown(item.name) if isinstance(item, _Global) else "a storage without a tensor"
+      raise _RefusedError(f"holds {what} beside weights and plain values; such objects are not read")
 
 
 def _call(function: Any, arguments: Any) -> Any:
@@ -595,6 +614,9 @@ def _contiguous(array: np.ndarray) -> np.ndarray:
 
 def _write_safetensors(arrays: dict[str, np.ndarray], path: pathlib.Path) -> None:
   safetensors.numpy.save_file(arrays, path, metadata={"format": "pt"})
+  mask = os.umask(0)
+  os.umask(mask)
+  path.chmod(0o666 & ~mask)  # safetensors makes files that only their owner can read
 
 
 def _write_npz(arrays: dict[str, np.ndarray], path: pathlib.Path) -> None:

@@ -97,11 +97,11 @@ class Checkpoints:
       config: with the network and the image size that they belong to.
       dataset: what prediction must know of the data that they were trained on.
     """
-    self._save(0, {"variables": variables}, config, dataset, fingerprint="", metrics=None, best=BestSoFar())
+    self._save(0, {"variables": variables}, config, dataset, fingerprint=None, metrics=None, best=BestSoFar())
 
   def can_continue(self, step: int) -> bool:
     """Whether training can go on from a checkpoint: one of `save_weights` has no state of an optimizer."""
-    return (self._directory / str(step) / "training").exists()
+    return self.dataset(step)[1] is not None
 
   def _save(
     self,
@@ -109,7 +109,7 @@ class Checkpoints:
     items: dict[str, Any],
     config: ml_collections.ConfigDict,
     dataset: DatasetInfo,
-    fingerprint: str,
+    fingerprint: str | None,
     metrics: dict[str, float] | None,
     best: BestSoFar,
   ) -> None:
@@ -125,8 +125,8 @@ class Checkpoints:
     """The config that a checkpoint was trained with."""
     return configs.from_json(self._read(step, "config"))
 
-  def dataset(self, step: int) -> tuple[DatasetInfo, str]:
-    """What is known of the dataset that a checkpoint was trained on, and its fingerprint."""
+  def dataset(self, step: int) -> tuple[DatasetInfo, str | None]:
+    """What is known of the dataset that a checkpoint was trained on, and its fingerprint; None if not trained here."""
     content = dict(self._read(step, "dataset"))
     fingerprint = content.pop("fingerprint")
     return DatasetInfo.from_json(content), fingerprint

@@ -71,6 +71,7 @@ def train_and_evaluate(
   # 1. Everything that can be wrong, before any compute.
   configs.validate(config)
   config = configs.with_absolute_paths(config)
+  warm_start.check_exists(config.init_from)
   if jax.process_count() > 1:
     raise UserError(
       f"training in several processes ({jax.process_count()}) is not supported yet; use one, all its devices"
@@ -96,6 +97,9 @@ def train_and_evaluate(
         f"{folder}: holds converted weights, not a run; give another --workdir and --config.init_from={folder}"
       )
     if start_step:
+      config.init_from = checkpoints.config(start_step).get(
+        "init_from", ""
+      )  # where the run began, wherever that is now
       check_same_run(checkpoints, start_step, config, manifest, override=override)
 
     # 2. Network, optimizer, state: initialized under jit, where they will live.

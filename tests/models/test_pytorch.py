@@ -1,3 +1,4 @@
+import pathlib
 import warnings
 
 import jax
@@ -38,7 +39,7 @@ def test_every_misfit_is_named(unet_weights):
   message = str(error.value)
   assert "missing: up2.conv.double_conv.0.weight" in message
   assert "unused: down1.extra.weight (3,)" in message
-  assert "shape of outc.conv.bias (5,), the model has (2,)" in message
+  assert "shape of outc.conv.bias: (5,), the model has (2,)" in message
   assert "3 entries" in message
 
 
@@ -116,38 +117,134 @@ def test_the_way_to_the_swin_unet_and_back_is_exact(swin_weights):
   assert back["swin_unet.layers.0.blocks.1.attn_mask"].shape == (4, 9, 9)
 
 
-def imagenet_checkpoint(depths=(2, 3)):
+FOUR = {"embed_dim": 8, "depths": (2, 2, 2, 2), "heads": (1, 2, 4, 8), "window": 2}  # image sizes are multiples of 64
+
+
+def imagenet_checkpoint(**fields):
   """What the authors of Swin publish: an encoder, deeper than the Swin-Unet's, a classifier head, under "model"."""
-  whole = swin_state_dict(3, **SMALL | {"depths": depths})
-  encoder = {
-    name: tensor
-    for name, tensor in whole.items()
-    if name.startswith(("patch_embed.", "layers.", "norm.")) and not name.startswith("layers_up.")
-  }
-  return {"model": encoder | {"head.weight": np.ones((10, 16)), "head.bias": np.ones(10)}}
+  whole = swin_state_dict(3, **FOUR | {"depths": (2, 2, 6, 2)} | fields)
+  encoder = {name: tensor for name, tensor in whole.items() if name.startswith(("patch_embed.", "layers.", "norm."))}
+  return {"model": encoder | {"head.weight": np.ones((10, 64)), "head.bias": np.ones(10)}}
 
 
 def test_an_imagenet_encoder_is_mirrored_into_the_decoder_and_the_rest_is_listed():
-  model = sr.SwinUNet(num_classes=3, **SMALL)
+  model = sr.SwinUNet(num_classes=3, **FOUR)
   checkpoint = imagenet_checkpoint()
-  with pytest.warns(UserWarning, match="mirrored into the decoder") as caught:
-    params = sr.from_pytorch(checkpoint, model, image_size=24)["params"]
-  assert trees_equal(params["decoder1_block1"], params["encoder1_block1"])
-  assert trees_equal(params["decoder1_block2"], params["encoder1_block2"])
+  with pytest.warns(UserWarning, match="78 of them mirrored into the decoder") as caught:
+    params = sr.from_pytorch(checkpoint, model)["params"]
+  for stage in (1, 2, 3):
+    for block in (1, 2):
+      ours, theirs = params[f"decoder{stage}_block{block}"], params[f"encoder{4 - stage}_block{block}"]
+      assert trees_equal(ours, theirs)
   kernel = checkpoint["model"]["layers.1.blocks.1.mlp.fc1.weight"]
   np.testing.assert_array_equal(params["encoder2_block2"]["mlp1"]["kernel"], kernel.T)
-  initial = model.init(jax.random.key(0), jnp.zeros((1, 24, 24, 3)), train=False)["params"]
+  initial = jax.jit(lambda key: model.init(key, jnp.zeros((1, 64, 64, 3)), train=False)["params"])(jax.random.key(0))
   np.testing.assert_allclose(params["concat1"]["kernel"], initial["concat1"]["kernel"], rtol=1e-5)
   message = str(caught[0].message)
-  for dropped in ("not used: head.weight (10, 16)", "not used: layers.1.blocks.2.norm1.weight"):
+  for dropped in ("not used: head.weight", "not used: layers.2.blocks.5.* (13 tensors)"):
     assert dropped in message
   for missing in ("concat_back_dim.1.weight", "layers_up.0.expand.weight", "up.norm.bias", "output.weight"):
     assert f"initial values kept: {missing}" in message
 
 
-def test_an_imagenet_encoder_of_another_width_is_refused():
-  with pytest.raises(UserError, match="blocks do not fit"):
-    sr.from_pytorch(imagenet_checkpoint(), sr.SwinUNet(num_classes=3, **SMALL | {"embed_dim": 16}), image_size=24)
+def without(tensors, prefix):
+  return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+
+
+@pytest.mark.parametrize(
+  ("weights", "message"),
+  [
+    (imagenet_checkpoint(embed_dim=16), "embed_dim = 16, this one has 8"),
+    (without(imagenet_checkpoint()["model"], "layers.0."), r"missing: layers.0.blocks.0.norm1.weight"),
+    (without(imagenet_checkpoint()["model"], "layers."), r"missing: layers.3.blocks.1.mlp.fc2.bias"),
+    (without(imagenet_checkpoint()["model"], "layers.1.downsample"), r"\(3 entries\)"),
+  ],
+)
+def test_an_encoder_that_is_not_whole_or_does_not_fit_is_refused(weights, message):
+  model = sr.SwinUNet(num_classes=3, **FOUR)
+  with pytest.raises(UserError, match=f"(?s){message}"):
+    sr.from_pytorch(weights, model)
+  with pytest.warns(UserWarning, match="initial values kept"):
+    sr.from_pytorch(weights, model, strict=False)
+
+
+def test_weights_of_the_other_kind_of_upsampling_are_recognized():
+  transposed = unet_state_dict(2, upsample="transpose")
+  with pytest.raises(UserError, match='of a UNet with upsample = "transpose"'):
+    sr.from_pytorch(transposed, sr.UNet(num_classes=2))
+
+
+@pytest.mark.parametrize("name", ["swin_data_parallel.pth", "swin_imagenet.pth"])
+def test_files_of_pytorch_give_what_they_hold(name):
+  """Made with PyTorch from rule weights: see weights/README.md."""
+  fields = {"embed_dim": 4, "depths": (1, 1), "heads": (1, 2), "window": 2}
+  expected = swin_state_dict(2, **fields)
+  model = sr.SwinUNet(num_classes=2, **fields)
+  path = pathlib.Path(__file__).parent / "weights" / name
+  if name == "swin_data_parallel.pth":
+    assert trees_equal(sr.from_pytorch(path, model), sr.from_pytorch(expected, model))
+    return
+  with pytest.warns(UserWarning, match="an ImageNet encoder: 13 of them mirrored"):
+    params = sr.from_pytorch(path, model)["params"]
+  np.testing.assert_array_equal(params["encoder2_block1"]["mlp2"]["bias"], expected["layers.1.blocks.0.mlp.fc2.bias"])
+  assert trees_equal(params["decoder1_block1"], params["encoder1_block1"])
+
+
+def test_variables_share_no_memory_with_the_arrays_they_came_from(swin_weights):
+  # JAX takes over memory on CPU where it is aligned to 64 bytes.
+  def aligned(array):
+    memory = np.empty(array.nbytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+  model = sr.SwinUNet(num_classes=3, **SMALL)
+  weights = {name: aligned(tensor) for name, tensor in swin_weights.items()}
+  variables = sr.from_pytorch(weights, model)
+  for tensor in weights.values():
+    tensor[...] = 7
+  assert trees_equal(variables, sr.from_pytorch(swin_weights, model))
+
+
+def test_what_is_exported_belongs_to_the_caller(swin_weights):
+  model = sr.SwinUNet(num_classes=3, **SMALL)
+  variables = sr.from_pytorch(swin_weights, model)
+  images = jnp.ones((1, 48, 48, 1))
+  before = model.apply(variables, images, train=False)
+  for tensor in sr.to_pytorch(variables, model, image_size=48).values():
+    tensor[...] = 0
+  np.testing.assert_array_equal(model.apply(variables, images, train=False), before)
+
+
+def test_buffers_are_those_of_the_authors():
+  """Written down after the reference's definition, for four stages and windows of 2 on a 64-pixel image."""
+  model = sr.SwinUNet(num_classes=3, **FOUR)
+  exported = sr.to_pytorch(sr.from_pytorch(swin_state_dict(3, **FOUR), model), model)
+  shifted = [f"layers.{i}.blocks.1" for i in range(3)] + [f"layers_up.{d}.blocks.1" for d in (1, 2, 3)]
+  masks = {name: tensor for name, tensor in exported.items() if name.endswith("attn_mask")}
+  assert set(masks) == {f"{block}.attn_mask" for block in shifted}
+  windows = {"layers.0": 64, "layers.1": 16, "layers.2": 4, "layers_up.1": 4, "layers_up.2": 16, "layers_up.3": 64}
+  for stage, number in windows.items():
+    mask = masks[f"{stage}.blocks.1.attn_mask"]
+    assert mask.shape == (number, 4, 4)
+    # Regions of the rolled map are numbered by row and column; the last window holds four of them, one token each.
+    np.testing.assert_array_equal(mask[-1], -100 * (1 - np.eye(4)))
+    np.testing.assert_array_equal(mask[0], np.zeros((4, 4)))
+  index = exported["layers.0.blocks.0.attn.relative_position_index"]
+  np.testing.assert_array_equal(index, [[4, 3, 1, 0], [5, 4, 2, 1], [7, 6, 4, 3], [8, 7, 5, 4]])
+  assert index.dtype == np.int64
+
+
+def test_mistakes_in_exporting_are_told(swin_weights):
+  model = sr.SwinUNet(num_classes=3, **SMALL)
+  variables = sr.from_pytorch(swin_weights, model)
+  with pytest.raises(UserError, match="image_size = 100 must be a multiple of 24 .* use 96 or 120"):
+    sr.to_pytorch(variables, model, image_size=100)
+  with pytest.raises(UserError, match="give the whole"):
+    sr.to_pytorch(variables["params"], model)
+  with pytest.raises(UserError, match="3 classes, the model has 4"):
+    sr.to_pytorch(variables, sr.SwinUNet(num_classes=4, **SMALL))
 
 
 def test_position_biases_are_resized_as_pytorch_does(golden):
@@ -189,7 +286,7 @@ def test_other_input_channels_answer_equal_channels_as_before(unet_weights, chan
 def test_weights_of_something_else_are_refused(swin_weights, unet_weights):
   with pytest.raises(UserError, match="not weights of the authors' UNet"):
     sr.from_pytorch({"conv1.weight": np.zeros((3, 3))}, sr.UNet(num_classes=2))
-  with pytest.raises(UserError, match="not weights of the authors' SwinUNet"):
+  with pytest.raises(UserError, match="weights of a UNet, not of a SwinUNet"):
     sr.from_pytorch(unet_weights, sr.SwinUNet(num_classes=3, **SMALL), image_size=24)
   broken = swin_weights | {"norm.bias": np.full(16, np.nan)}
   with pytest.raises(UserError, match=r"NaN or infinite values in norm\.bias"):

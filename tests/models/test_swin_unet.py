@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 import selfreg_jax as sr
+from selfreg_jax.config import base_config
 from selfreg_jax.models import swin_unet
+from selfreg_jax.models.factory import build_model
 from tests.conftest import nhwc, subsample, swin_state_dict
 
 SMALL = {"embed_dim": 8, "depths": (2, 3), "heads": (2, 4), "window": 3}  # image sizes are multiples of 24
@@ -237,6 +239,36 @@ def test_bfloat16_computes_in_bfloat16_and_gives_float32_logits():
   np.testing.assert_allclose(logits, exact, atol=0.05 * float(jnp.abs(exact).max()))
 
 
+def test_initial_weights_are_the_authors():
+  model = sr.SwinUNet(num_classes=9, embed_dim=48)
+  params = jax.jit(lambda key: model.init(key, jnp.zeros((1, 224, 224, 1)), train=False))(jax.random.key(0))["params"]
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    name, module = path[-1].key, path[0].key
+    if module in ("patch_embed", "head"):  # PyTorch's default for convolutions
+      bound = {"patch_embed": 4 * 4 * 3, "head": 48}[module] ** -0.5
+      assert float(jnp.abs(leaf).max()) <= bound
+      assert float(leaf.std()) > 0.4 * bound
+    elif name in ("kernel", "relative_position_bias_table"):
+      np.testing.assert_allclose(leaf.std(), 0.02, rtol=0.1)
+    else:
+      np.testing.assert_array_equal(leaf, 1 if name == "scale" else 0)
+
+
+def test_parameters_can_be_kept_in_another_type():
+  model = sr.SwinUNet(num_classes=3, param_dtype=jnp.float16, **SMALL)
+  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 24, 24, 1)), train=False))
+  assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float16")}
+
+
+def test_a_config_sets_every_field_of_the_network():
+  config = base_config("swin_unet").model
+  fields = {"embed_dim": 24, "depths": (1, 2), "heads": (2, 4), "window": 5, "drop_path": 0.3, "remat": True}
+  config.update(fields | {"dtype": "bfloat16"})
+  model = build_model(config, 3)
+  assert {name: getattr(model, name) for name in fields} == fields
+  assert (model.dtype, model.num_classes) == (jnp.bfloat16, 3)
+
+
 def test_indices_and_masks_are_no_parameters():
   names = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(small_variables())}
   assert names == {"kernel", "bias", "scale", "relative_position_bias_table"}
@@ -249,8 +281,8 @@ def test_indices_and_masks_are_no_parameters():
     ({}, (1, 224, 100, 1), r"columns must be a multiple of 224; use 224\b(?! or)"),
     ({"window": 8}, (1, 300, 256, 1), "windows of 8 .* use 256 or 512"),
     ({}, (224, 224, 1), "B, H, W"),
-    ({"depths": (2, 2, 2)}, (1, 224, 224, 1), "same two or more stages"),
-    ({"embed_dim": 32}, (1, 224, 224, 1), "do not divide"),
+    ({"depths": (2, 2, 2)}, (1, 224, 224, 1), "one number for each of two or more stages"),
+    ({"embed_dim": 32}, (1, 224, 224, 1), "3 heads must divide the 32 channels of stage 1"),
   ],
 )
 def test_bad_arguments_are_refused(attributes, shape, message):

@@ -663,3 +663,37 @@ def test_entries_that_cannot_be_arrays_are_refused():
     find_tensors({"w": type("Sparse", (Tensor,), {"float": Tensor.detach})(ramp(2), known=False)}, "x")
   with pytest.raises(UserError, match="x: w is of type object; weights are numbers"):
     find_tensors({"w": np.array([{}])}, "x")
+
+
+def test_stand_ins_do_not_leave_the_reader_in_tuples(tmp_path):
+  # {"a": (collections.OrderedDict,)} and the same one tuple deeper
+  for depth in (1, 2):
+    program = b"\x80\x02}U\x01accollections\nOrderedDict\n" + depth * b"\x85" + b"s."
+    path = archive(tmp_path / f"{depth}.pth", program)
+    with pytest.raises(UserError, match="OrderedDict"):
+      read_weights(path)
+
+
+def test_exported_weights_can_be_read_by_others(tmp_path):
+  for name in ("w.npz", "w.safetensors"):
+    write_weights({"a": np.ones(3, np.float32)}, tmp_path / name)
+    assert (tmp_path / name).stat().st_mode & 0o777 == 0o666 & ~current_umask()
+
+
+def current_umask():
+  mask = os.umask(0)
+  os.umask(mask)
+  return mask
+
+
+def test_a_pth_may_be_called_tar(tmp_path):
+  path = tmp_path / "model.pth.tar"
+  path.write_bytes((pathlib.Path(__file__).parent / "weights" / "checkpoint.pth").read_bytes())
+  assert "model" in read_weights(path)
+
+
+def test_an_npz_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
+  monkeypatch.setattr(weight_files, "_MAX_NPZ_BYTES", 10_000)
+  np.savez_compressed(tmp_path / "w.npz", a=np.zeros(10_000))
+  with pytest.raises(UserError, match="too much for weights"):
+    read_weights(tmp_path / "w.npz")
