@@ -28,7 +28,7 @@ from selfreg_jax.evaluation.inference import SlicePredictor, make_apply
 from selfreg_jax.models.factory import build_model, initial_variables
 from selfreg_jax.training import optimizer as optimizers
 from selfreg_jax.training import warm_start
-from selfreg_jax.training.checkpoints import Checkpoints
+from selfreg_jax.training.checkpoints import FOLDER, Checkpoints
 from selfreg_jax.training.early_stopping import BestSoFar
 from selfreg_jax.training.logging import RunLogger
 from selfreg_jax.training.signals import TrainingInterruptedError, stop_requests
@@ -71,7 +71,8 @@ def train_and_evaluate(
   # 1. Everything that can be wrong, before any compute.
   configs.validate(config)
   config = configs.with_absolute_paths(config)
-  warm_start.check_exists(config.init_from)
+  if not pathlib.Path(workdir, FOLDER).exists():  # a run that is continued needs these weights no more
+    warm_start.check_exists(config.init_from)
   if jax.process_count() > 1:
     raise UserError(
       f"training in several processes ({jax.process_count()}) is not supported yet; use one, all its devices"
@@ -97,9 +98,8 @@ def train_and_evaluate(
         f"{folder}: holds converted weights, not a run; give another --workdir and --config.init_from={folder}"
       )
     if start_step:
-      config.init_from = checkpoints.config(start_step).get(
-        "init_from", ""
-      )  # where the run began, wherever that is now
+      # Where the run began, wherever these weights are now.
+      config.init_from = checkpoints.config(start_step).get("init_from", "")
       check_same_run(checkpoints, start_step, config, manifest, override=override)
 
     # 2. Network, optimizer, state: initialized under jit, where they will live.

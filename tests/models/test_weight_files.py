@@ -668,10 +668,9 @@ def test_entries_that_cannot_be_arrays_are_refused():
 def test_stand_ins_do_not_leave_the_reader_in_tuples(tmp_path):
   # {"a": (collections.OrderedDict,)} and the same one tuple deeper
   for depth in (1, 2):
-    program = b"\x80\x02}U\x01accollections\nOrderedDict\n" + depth * b"\x85" + b"s."
-    path = archive(tmp_path / f"{depth}.pth", program)
+    program = io.BytesIO(b"\x80\x02}X\x01\x00\x00\x00accollections\nOrderedDict\n" + depth * b"\x85" + b"s.")
     with pytest.raises(UserError, match="OrderedDict"):
-      read_weights(path)
+      read_weights(archive(tmp_path / f"{depth}.pth", program))
 
 
 def test_exported_weights_can_be_read_by_others(tmp_path):

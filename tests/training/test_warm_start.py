@@ -66,7 +66,8 @@ def test_resuming_does_not_look_at_the_weights_again(source_run, tmp_path):
   config.init_from = str(copy)
   train(config, tmp_path / "run")
   config.train.steps = 4
-  config.init_from = str(workdir)  # has no effect any more, and is no reason to refuse
+  copy.unlink()
+  config.init_from = str(tmp_path / "moved.npz")  # has no effect any more, and is no reason to refuse
   state = train(config, tmp_path / "run", override=True)
   assert int(state.step) == 4
   assert sr.load(tmp_path / "run", checkpoint="latest").config.init_from == str(copy)
