@@ -2,6 +2,8 @@
 
     python -m selfreg_jax.data.prepare --dataset=msd --source=Task09_Spleen --output=data/spleen --window -125 275
     python -m selfreg_jax.data.prepare --dataset=phantom --output=data/phantom
+    python -m selfreg_jax.data.prepare --check --output=data/spleen
+    python -m selfreg_jax.data.prepare --check --dataset=msd --source=Task09_Spleen --window -125 275
 
 The arrays are written into a staging folder inside the output folder; when all cases have passed, it is renamed and the
 manifest is written last. Until then an older dataset in the same place stays as it is, and whatever stops the command
@@ -22,6 +24,7 @@ import pathlib
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,12 +34,13 @@ import numpy as np
 import rich.console
 import rich.progress
 
-from selfreg_jax.data import cases, datasets, manifest, splits
+from selfreg_jax.data import cases, check, check_page, datasets, manifest, splits
 from selfreg_jax.data.manifest import Case, Intensity, Manifest
 from selfreg_jax.errors import EXIT_FAULT, UserError, run_command
 
 CT_WINDOW = (-125.0, 275.0)  # HU; the authors' for Synapse
 DEFAULT_VAL_FRACTION = 0.2
+DEFAULT_PAGE = "dataset_check.html"
 
 _ARRAYS = "cases"
 _STAGING = "cases.partial"
@@ -624,16 +628,65 @@ def _bytes(count: int) -> str:
   return f"{count:.3g} GB"
 
 
-def parse_options(arguments: Sequence[str] | None = None) -> PrepareOptions:
-  """Reads the command line; argparse itself reports unknown flags and exits with code 2."""
+def check_prepared(directory: str | os.PathLike, page: str | os.PathLike) -> str:
+  """Verifies a prepared dataset, files and manifest, and describes it.
+
+  Args:
+    directory: the dataset's folder.
+    page: the HTML file to write.
+
+  Returns:
+    What was found, for reading.
+
+  Raises:
+    UserError: the dataset is damaged (every fault is named), or the page cannot be written.
+  """
+  _check_page_folder(page)
+  return _describe_checked(manifest.load(directory, verify=True), directory, str(directory), page)
+
+
+def check_archive(options: PrepareOptions, page: str | os.PathLike) -> str:
+  """Validates raw files by preparing them into a temporary folder, and describes what they make.
+
+  Args:
+    options: what would be prepared; `output` is not touched.
+    page: the HTML file to write.
+
+  Returns:
+    What was found, for reading.
+
+  Raises:
+    UserError: what `prepare` raises, or the page cannot be written.
+  """
+  if options.dataset == "phantom":
+    raise UserError("--dataset=phantom is made up, there is no archive to check: prepare it and give --check --output")
+  _check_page_folder(page)
+  with tempfile.TemporaryDirectory(prefix="selfreg_jax_check.") as folder:
+    made = prepare(dataclasses.replace(options, output=folder))
+    return _describe_checked(made, folder, str(options.source), page)
+
+
+def _check_page_folder(page: str | os.PathLike) -> None:
+  """Raises UserError where the page could not be written after all the work."""
+  if not pathlib.Path(page).parent.is_dir() or pathlib.Path(page).is_dir():
+    raise UserError(f"--html={page}: give a file in a folder that exists")
+
+
+def _describe_checked(made: Manifest, directory: str | os.PathLike, where: str, page: str | os.PathLike) -> str:
+  checkup = check.examine(made, directory, where=where)
+  check_page.write_page(checkup, directory, page)
+  return f"{check_page.as_text(checkup)}\npictures: {page}"
+
+
+def _parser() -> argparse.ArgumentParser:
   description = __doc__.split("\n\n")[0]
   parser = argparse.ArgumentParser(
     prog="python -m selfreg_jax.data.prepare", description=description, allow_abbrev=False
   )
   add = parser.add_argument
-  add("--dataset", required=True, choices=datasets.DATASETS)
+  add("--dataset", choices=datasets.DATASETS)
   add("--source", help="folder of the raw files (phantom: where to write them, default OUTPUT/raw)")
-  add("--output", required=True, help="folder of the prepared dataset")
+  add("--output", help="folder of the prepared dataset")
   files = "relative to --source; the text that * matches is the case's id, and equal ids pair"
   add("--image_glob", help=f"pattern of the images, {files}")
   add("--label_glob", help=f"pattern of the labels, {files}")
@@ -654,7 +707,39 @@ def parse_options(arguments: Sequence[str] | None = None) -> PrepareOptions:
   add("--overwrite", action="store_true", help="replace the dataset in --output")
   add("--phantom_train_cases", type=int, help="made-up cases to train on, default 18")
   add("--phantom_test_cases", type=int, help="made-up test cases, default 6")
-  return PrepareOptions(**vars(parser.parse_args(arguments)))
+  add(
+    "--check",
+    action="store_true",
+    help="write no dataset: verify and describe the one in --output, or the raw files in --source (they are prepared "
+    "into a temporary folder, below $TMPDIR)",
+  )
+  add("--html", metavar="FILE", help=f"page with tables and pictures that --check writes, default {DEFAULT_PAGE}")
+  return parser
+
+
+def _parse_command(arguments: Sequence[str] | None) -> Callable[[], str]:
+  """What the command line asks for, to be called; argparse itself reports wrong flags and exits with code 2."""
+  parser = _parser()
+  given = vars(parser.parse_args(arguments))
+  checking, page = given.pop("check"), given.pop("html")
+  if not checking:
+    if missing := [f"--{name}" for name in ("dataset", "output") if given[name] is None]:
+      parser.error(f"the following arguments are required: {', '.join(missing)}")
+    if page is not None:
+      parser.error("--html goes with --check")
+    options = PrepareOptions(**given)
+    return lambda: summary(prepare(options), options.output)
+  page = page or DEFAULT_PAGE
+  if given["output"] is None:
+    if given["dataset"] is None or given["overwrite"]:
+      parser.error("--check needs --output, or --dataset and --source (and then no --overwrite)")
+    return lambda: check_archive(PrepareOptions(**given | {"output": ""}), page)
+  if others := [f"--{name}" for name, value in given.items() if name != "output" and value != parser.get_default(name)]:
+    parser.error(
+      f"--check --output={given['output']} looks at a prepared dataset; leave {', '.join(others)} out, or --output to "
+      "check raw files"
+    )
+  return lambda: check_prepared(given["output"], page)
 
 
 def _comma_list(text: str) -> tuple[str, ...]:
@@ -663,9 +748,9 @@ def _comma_list(text: str) -> tuple[str, ...]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """The command; returns its exit code."""
-  options = parse_options(arguments)
+  command = _parse_command(arguments)
   try:
-    return run_command(lambda: print(summary(prepare(options), options.output), flush=True))
+    return run_command(lambda: print(command(), flush=True))
   except KeyboardInterrupt:
     print("interrupted: nothing was prepared; run the same command again", file=sys.stderr, flush=True)
     return EXIT_FAULT
