@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from selfreg_jax.data import check
+from selfreg_jax.data.datasets import listed
 from selfreg_jax.data.manifest import Case, CaseArrays, Intensity, Manifest
 from selfreg_jax.errors import UserError
 
@@ -35,16 +36,19 @@ def tables(checkup: check.Checkup) -> tuple[Table, ...]:
 
 def _about(checkup: check.Checkup) -> Table:
   made = checkup.made
-  axcodes = sorted({",".join(case.axcodes) for case in made.cases.values() if case.axcodes})
   rows = {
     "dataset": f"{made.dataset}, {len(made.cases)} {made.kind}(s), {checkup.size / 1e6:.3g} MB",
     "source": made.source,
     "channels": str(made.channels),
     "intensities": f"{_describe(made.intensity)}, stored as {made.dtype}",
-    "orientation": f"{made.orientation}, slices along axis {made.axis}",
-    "slices, rows, columns run towards": " or ".join(axcodes) or "not known",
-    "fingerprint": made.fingerprint(),
   }
+  if made.kind == "volume":
+    axcodes = sorted({",".join(case.axcodes) for case in made.cases.values() if case.axcodes})
+    rows["orientation"] = f"{made.orientation}, slices along axis {made.axis}"
+    rows["slices, rows, columns run towards"] = " or ".join(axcodes) or "not known"
+  if made.unit != "mm":
+    rows["spacing"] = "not known"
+  rows["fingerprint"] = made.fingerprint()
   return Table(("fact", "value"), tuple(rows.items()))
 
 
@@ -65,11 +69,12 @@ def _table_of_parts(checkup: check.Checkup) -> Table:
 
 
 def _table_of_sizes(checkup: check.Checkup) -> Table:
-  all_cases = list(checkup.made.cases.values())
-  axes = ("slices", "rows", "columns")
-  columns = {name: [case.shape[axis] for case in all_cases] for axis, name in enumerate(axes)}
-  for axis, name in enumerate(axes):
-    columns[f"spacing of {name}, {checkup.made.unit}"] = [case.spacing[axis] for case in all_cases]
+  made = checkup.made
+  all_cases = list(made.cases.values())
+  axes = {name: axis for axis, name in enumerate(("slices", "rows", "columns")) if made.kind == "volume" or axis}
+  columns = {name: [case.shape[axis] for case in all_cases] for name, axis in axes.items()}
+  if made.unit == "mm":
+    columns |= {f"spacing of {name}, mm": [case.spacing[axis] for case in all_cases] for name, axis in axes.items()}
   rows = ((name, *map(_number, (min(column), np.median(column), max(column)))) for name, column in columns.items())
   return Table(("size", "smallest", "median", "largest"), tuple(rows))
 
@@ -89,8 +94,8 @@ def _intensities(checkup: check.Checkup) -> Table:
     *(f"{percent:g} %" for percent in check.PERCENTILES),
     "mean",
     "deviation",
-    "at smallest",
-    "at largest",
+    "at smallest value",
+    "at largest value",
   )
   return Table(("intensities as networks see them", *names), tuple(rows))
 
@@ -105,6 +110,30 @@ def _classes(checkup: check.Checkup) -> Table:
     cases = (str(of_part[class_id]) for of_part in counts)
     rows.append((f"{class_id} {name}", f"{voxels[class_id] / voxels.sum():.3%}", *cases))
   return Table(("class, and the cases that hold it", "voxels", *parts), tuple(rows))
+
+
+def _table_of_cases(checkup: check.Checkup, ids: Sequence[str]) -> Table:
+  made, homes = checkup.made, _homes(checkup.made)
+  spaced = made.unit == "mm"
+  rows = []
+  for case_id in ids:
+    case, channels = made.cases[case_id], checkup.cases[case_id].channels
+    absent = [name for name, voxels in zip(made.classes, case.class_voxels, strict=True) if not voxels]
+    foreground = sum(case.class_voxels[1:]) / sum(case.class_voxels)
+    facts = [homes[case_id], case.group, _size(made, case), *([check.by(case.spacing)] if spaced else [])]
+    ranges = (", ".join(_fixed([channel.percentiles[at] for channel in channels])) for at in (0, 2, -1))
+    rows.append((case_id, *facts, f"{foreground:.2%}", listed(absent, limit=3) or "none", *ranges))
+  names = ("split", "group", "size", *(["spacing"] if spaced else []), "foreground", "absent classes")
+  return Table(("case", *names, *(f"{check.PERCENTILES[at]:g} %" for at in (0, 2, -1))), tuple(rows))
+
+
+def _homes(made: Manifest) -> dict[str, str]:
+  """The part that each case is in: its fold rather than "train"."""
+  return {case_id: part for part, ids in check.parts_of(made).items() for case_id in ids}
+
+
+def _size(made: Manifest, case: Case) -> str:
+  return check.by(case.shape[:3] if made.kind == "volume" else case.shape[1:3])
 
 
 def _fixed(values: Sequence[float]) -> tuple[str, ...]:
@@ -206,10 +235,10 @@ h2 {{ font-size: 1.1em; margin-top: 2em; }}
 .tables {{ display: flex; flex-wrap: wrap; gap: 0 3em; }}
 .wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums; }}
-th, td {{ border-bottom: 1px solid var(--line); padding: .2em .8em .2em 0; text-align: right; vertical-align: top; }}
+th, td {{ border-bottom: 1px solid var(--line); padding: .2em .8em .2em 0; text-align: right; white-space: nowrap; }}
 th:first-child, td:first-child, .facts td {{ text-align: left; }}
 th {{ color: var(--faint); font-weight: 600; }}
-.facts td {{ overflow-wrap: anywhere; }}
+.facts td {{ overflow-wrap: anywhere; white-space: normal; }}
 .odd {{ color: var(--odd); }}
 .legend span {{ display: inline-block; margin-right: 1.2em; }}
 .legend i {{ display: inline-block; width: .8em; height: .8em; margin-right: .4em; }}
@@ -231,6 +260,8 @@ figcaption span {{ color: var(--faint); }}
 <div class="cases">
 {cases}
 </div>
+<h2>Table of cases</h2>
+{table_of_cases}
 </body>
 </html>
 """
@@ -252,13 +283,8 @@ def as_page(checkup: check.Checkup, directory: str | os.PathLike) -> str:
   odd = {
     case_id: [suspicion for suspicion in checkup.suspicions if case_id in suspicion.cases] for case_id in made.cases
   }
-  homes = {
-    case_id: part for part, ids in check.parts_of(made).items() for case_id in ids
-  }  # the fold rather than "train"
-  figures = [
-    _figure(made, made.cases[case_id], homes[case_id], odd[case_id], directory)
-    for case_id in sorted(made.cases, key=lambda case_id: (not odd[case_id], case_id))
-  ]
+  order, homes = sorted(made.cases, key=lambda case_id: (not odd[case_id], case_id)), _homes(made)
+  figures = [_figure(made, made.cases[case_id], homes[case_id], odd[case_id], directory) for case_id in order]
   colors = (bytes(color).hex() for color in report.class_colors(made.num_classes)[1:])
   return _PAGE.format(
     title=_escape(f"Check of {checkup.where}: {len(made.cases)} case(s), none damaged"),
@@ -270,6 +296,7 @@ def as_page(checkup: check.Checkup, directory: str | os.PathLike) -> str:
     ),
     order=", suspected cases first" if any(odd.values()) else "",
     cases="\n".join(figures),
+    table_of_cases=_table_as_html(_table_of_cases(checkup, order)),
   )
 
 
@@ -300,15 +327,14 @@ def _figure(
   picture = base64.b64encode(thumbnail(made, case, directory)).decode()
   slices = f", slice {_shown_slice(case)}" if made.kind == "volume" else ""
   reasons = "".join(
-    f'<br><b class="odd">{_escape(" ".join(filter(None, (suspicion.what, suspicion.cases[case.id]))))}</b>'
+    f'<br><b class="odd">{_escape(": ".join(filter(None, (suspicion.what, suspicion.cases[case.id]))))}</b>'
     for suspicion in suspicions
   )
   group = f" of {_escape(case.group)}" if case.group != case.id else ""
-  size = check.by(case.shape[:3] if made.kind == "volume" else case.shape[1:3])
   return (
     f'<figure><img alt="{_escape(case.id)}" src="data:image/webp;base64,{picture}">'
     f"<figcaption>{_escape(case.id)}{group}"
-    f"<br><span>{part}, {size}{slices}</span>{reasons}</figcaption></figure>"
+    f"<br><span>{part}, {_size(made, case)}{slices}</span>{reasons}</figcaption></figure>"
   )
 
 

@@ -306,7 +306,13 @@ def test_contradictions_of_the_manifest_are_faults(tmp_path):
 def test_the_page_holds_the_tables_and_a_picture_of_every_case(tmp_path):
   arrays = four_cases()
   arrays["c"][1][...] = 0
-  made = write(tmp_path / "data", arrays, folds=(("a", "b"), ("c", "d")), groups={"a": "patient 3", "b": "patient 3"})
+  made = write(
+    tmp_path / "data",
+    arrays,
+    folds=(("a", "b"), ("c", "d")),
+    groups={"a": "patient 3", "b": "patient 3"},
+    spacing={"c": (5.0, 9.0, 9.0)},
+  )
   checkup = examine(tmp_path / "data")
   content = check_page.as_page(checkup, tmp_path / "data")
   page = Page(content)
@@ -317,7 +323,15 @@ def test_the_page_holds_the_tables_and_a_picture_of_every_case(tmp_path):
   assert made.fingerprint() in cells
   assert ("li", "the label is empty: c") in page.texts
   assert ("b", "the label is empty") in page.texts
+  assert ("b", "the spacing is unusual (median 5 x 0.8 x 0.8 mm): 5 x 9 x 9") in page.texts
   assert any("a of patient 3" in text for _, text in page.texts)
+  values = arrays["b"][0] / 65535
+  quantiles = [f"{value:.3f}" for value in np.percentile(values, (0.5, 50, 99.5), method="inverted_cdf")]
+  foreground = f"{np.mean(arrays['b'][1] > 0):.2%}"
+  row = cells.index("b")
+  expected = ["b", "fold 0", "patient 3", "6 x 12 x 10", "5 x 0.8 x 0.8", foreground, "none", *quantiles]
+  assert cells[row : row + len(expected)] == expected
+  assert "liver, spleen" in cells  # what c lacks
   assert any(text.startswith("fold 1, 6 x 12 x 10, slice") for _, text in page.texts)
   assert "prefers-color-scheme: dark" in content
   assert "script" not in page.tags
@@ -393,9 +407,13 @@ def test_pictures_of_photographs_are_as_they_are(tmp_path):
   assert near(picture[5, -5], (0, 200, 0))
   assert near(picture[int(25 * scale), int(75 * scale)], (0, 200, 0))  # inside the contour
   assert near(picture[int(25 * scale), int(60 * scale) + 1], report.class_colors(3)[2])
-  assert "not known" in check_page.as_text(
+  text = check_page.as_text(
     check.examine(dataclasses.replace(made, cases={"a": case}), tmp_path / "data", where="here")
   )
+  lines = [" ".join(line.split()) for line in text.splitlines()]
+  assert "spacing not known" in lines
+  assert "columns 100 100 100" in lines
+  assert not any(line.startswith(("slices", "spacing of", "orientation")) for line in lines)
 
 
 def test_a_case_without_foreground_shows_its_middle_slice(tmp_path):
