@@ -64,8 +64,8 @@ class PrepareOptions:
     class_names: names of the foreground classes.
     val_cases: ids or shell patterns of the validation cases; None: drawn.
     test_cases: ids or shell patterns of test cases.
-    val_fraction: share of the training cases drawn for validation; None: 0.2.
-    test_fraction: share of the cases drawn for testing; None: 0.
+    val_fraction: share of the training cases (of their groups, see `Case.group`) drawn for validation; None: 0.2.
+    test_fraction: share of the cases, likewise, drawn for testing; None: 0.
     splits: JSON file {"train": [ids], "val": [ids], "test": [ids]}, instead of the four above.
     folds: folds of a cross-validation over all cases that are not for testing, instead of a validation split.
     window: (low, high) in the file's units, mapped to [0, 1].
@@ -694,8 +694,8 @@ def _parser() -> argparse.ArgumentParser:
   add("--class_names", type=_comma_list, help="a,b,c: names of classes 1, 2, 3; class 0 is the background")
   add("--val_cases", type=_comma_list, help="ids or shell patterns, separated by commas")
   add("--test_cases", type=_comma_list, help="ids or shell patterns, separated by commas")
-  add("--val_fraction", type=float, help=f"share of the training cases, default {DEFAULT_VAL_FRACTION}")
-  add("--test_fraction", type=float, help="share of the cases, default 0")
+  add("--val_fraction", type=float, help=f"share of the training patients, default {DEFAULT_VAL_FRACTION}")
+  add("--test_fraction", type=float, help="share of the patients, default 0")
   add("--splits", help='JSON file {"train": [ids], "val": [ids], "test": [ids]}')
   add("--folds", type=int, help="cross-validation: deal all cases that are not for testing into that many folds")
   add("--window", type=float, nargs=2, metavar=("LO", "HI"), help="clip to [LO, HI] (HU for CT), then to [0, 1]")
