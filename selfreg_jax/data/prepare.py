@@ -661,9 +661,12 @@ def check_archive(options: PrepareOptions, page: str | os.PathLike) -> str:
   if options.dataset == "phantom":
     raise UserError("--dataset=phantom is made up, there is no archive to check: prepare it and give --check --output")
   _check_page_folder(page)
-  with tempfile.TemporaryDirectory(prefix="selfreg_jax_check.") as folder:
-    made = prepare(dataclasses.replace(options, output=folder))
-    return _describe_checked(made, folder, str(options.source), page)
+  try:
+    with tempfile.TemporaryDirectory(prefix="selfreg_jax_check.") as folder:
+      made = prepare(dataclasses.replace(options, output=folder))
+      return _describe_checked(made, folder, str(options.source), page)
+  except OSError as error:
+    raise UserError(f"--check: {error.filename or 'temporary folder'}: {error.strerror or error}") from error
 
 
 def _check_page_folder(page: str | os.PathLike) -> None:

@@ -489,6 +489,16 @@ def test_raw_files_are_validated_and_nothing_is_installed(tmp_path, capfd, monke
   assert not page.exists()
 
 
+def test_a_temporary_folder_that_cannot_be_made_is_explained(tmp_path, capfd, monkeypatch):
+  arguments = ["--check", *raw(tmp_path / "raw"), "--normalize=minmax", f"--html={tmp_path / 'page.html'}"]
+  with monkeypatch.context() as patch:  # pytest itself needs temporary files
+    patch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    assert prepare.main(arguments) == 2
+  errors = capfd.readouterr().err
+  assert "none/selfreg_jax_check" in errors
+  assert "Traceback" not in errors
+
+
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
