@@ -1,4 +1,4 @@
-"""What each dataset is: which files make a case, the names of the classes, and which case goes into which split.
+"""What each dataset is: which files make a case, and the names of the classes.
 
 Nothing here opens an image. Faults of single files (a label without its image, a case found twice) are collected in
 `RawDataset.faults`, so that they can be reported together with what reading the files brings up; a mistake in the
@@ -6,7 +6,6 @@ request or in `dataset.json` is a UserError at once.
 """
 
 import dataclasses
-import fnmatch
 import itertools
 import json
 import pathlib
@@ -14,9 +13,6 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
-
-from selfreg_jax.data.manifest import SPLITS
 from selfreg_jax.errors import UserError
 
 DATASETS = ("msd", "phantom")
@@ -36,11 +32,13 @@ class Pair:
     id: name of the case, unique in the dataset and usable as a file name.
     image: the image's file.
     label: the label's file.
+    group: what the case shares with others that no split may part it from (the patient); None where nothing is known.
   """
 
   id: str
   image: pathlib.Path
   label: pathlib.Path
+  group: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -330,85 +328,6 @@ def check_classes(classes: tuple[str, ...], where: str) -> tuple[str, ...]:
   if not all(name.strip() for name in classes) or len(set(classes)) < len(classes):
     raise UserError(f"{where}: class names must be different and not empty, they are {', '.join(classes)}")
   return classes
-
-
-def choose_splits(
-  ids: Sequence[str],
-  *,
-  folder_test_ids: Sequence[str] = (),
-  val_cases: Sequence[str] | None = None,
-  test_cases: Sequence[str] | None = None,
-  val_fraction: float = 0.2,
-  test_fraction: float = 0.0,
-  seed: int = 0,
-) -> dict[str, tuple[str, ...]]:
-  """Deals the cases out to train, val and test.
-
-  Args:
-    ids: all case ids.
-    folder_test_ids: ids that the source folder marks as test cases; they stay so.
-    val_cases: ids or shell patterns of the validation cases; None draws `val_fraction` of the training cases.
-    test_cases: ids or shell patterns of further test cases; None draws `test_fraction` of the cases that are left.
-    val_fraction: share of the training cases, at least one case where there are two or more; 0 for none.
-    test_fraction: the same for the test cases.
-    seed: of the draws.
-
-  Returns:
-    Sorted case ids for each of `SPLITS`.
-
-  Raises:
-    UserError: a pattern matches no case, or a case would be in two splits.
-  """
-  rng = np.random.default_rng(seed)
-  named_val = _match(ids, val_cases or (), "--val_cases")
-  test = {*folder_test_ids, *_match(ids, test_cases or (), "--test_cases")}
-  if both := sorted(named_val & test):
-    raise UserError(f"case(s) in two splits, val and test: {listed(both)}")
-  if test_cases is None:
-    test |= _draw(sorted({*ids} - named_val - test), test_fraction, rng)
-  val = named_val if val_cases is not None else _draw(sorted({*ids} - test), val_fraction, rng)
-  train = {*ids} - val - test
-  return {name: tuple(sorted(split)) for name, split in zip(SPLITS, (train, val, test), strict=True)}
-
-
-def _match(ids: Iterable[str], patterns: Iterable[str], flag: str) -> set[str]:
-  matched = {pattern: {*fnmatch.filter(ids, pattern), *({pattern} & {*ids})} for pattern in patterns}
-  if unknown := [pattern for pattern, found in matched.items() if not found]:
-    raise UserError(f"{flag}: no case is called {listed(unknown)}; the cases are {listed(sorted(ids))}")
-  return set().union(*matched.values())
-
-
-def _draw(ids: list[str], fraction: float, rng: np.random.Generator) -> set[str]:
-  if fraction == 0 or len(ids) < 2:
-    return set()
-  count = min(max(1, round(fraction * len(ids))), len(ids) - 1)
-  return {ids[index] for index in rng.permutation(len(ids))[:count]}
-
-
-def read_splits(path: pathlib.Path, ids: Sequence[str]) -> dict[str, tuple[str, ...]]:
-  """Reads {"train": [ids], "val": [ids], "test": [ids]}; a split that is left out is empty.
-
-  Raises:
-    UserError: the file is something else, names unknown cases, names a case twice or leaves a case out.
-  """
-  content = read_json(path)
-  if unknown := sorted(set(content) - set(SPLITS)):
-    raise UserError(f"{path}: {listed(unknown)} is no split; the splits are {', '.join(SPLITS)}")
-  splits = {name: content.get(name, []) for name in SPLITS}
-  for name, split in splits.items():
-    if not isinstance(split, list) or not all(isinstance(case_id, str) for case_id in split):
-      raise UserError(f"{path}: {name!r} is not a list of case ids")
-  named = sorted(itertools.chain.from_iterable(splits.values()))
-  mistakes = {
-    "unknown case(s)": sorted({*named} - {*ids}),
-    "case(s) named twice": sorted(
-      {case_id for case_id, following in itertools.pairwise(named) if case_id == following}
-    ),
-    "case(s) in no split": sorted({*ids} - {*named}),
-  }
-  if found := [f"{what}: {listed(cases)}" for what, cases in mistakes.items() if cases]:
-    raise UserError(f"{path}: " + "; ".join(found))
-  return {name: tuple(sorted(split)) for name, split in splits.items()}
 
 
 def listed(names: Iterable[str], limit: int = 8) -> str:

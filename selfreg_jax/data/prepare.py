@@ -2,6 +2,8 @@
 
     python -m selfreg_jax.data.prepare --dataset=msd --source=Task09_Spleen --output=data/spleen --window -125 275
     python -m selfreg_jax.data.prepare --dataset=phantom --output=data/phantom
+    python -m selfreg_jax.data.prepare --check --output=data/spleen
+    python -m selfreg_jax.data.prepare --check --dataset=msd --source=Task09_Spleen --window -125 275
 
 The arrays are written into a staging folder inside the output folder; when all cases have passed, it is renamed and the
 manifest is written last. Until then an older dataset in the same place stays as it is, and whatever stops the command
@@ -22,21 +24,23 @@ import pathlib
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import rich.console
 import rich.progress
 
-from selfreg_jax.data import cases, datasets, manifest
+from selfreg_jax.data import cases, check, check_page, datasets, manifest, splits
 from selfreg_jax.data.manifest import Case, Intensity, Manifest
 from selfreg_jax.errors import EXIT_FAULT, UserError, run_command
 
 CT_WINDOW = (-125.0, 275.0)  # HU; the authors' for Synapse
 DEFAULT_VAL_FRACTION = 0.2
+DEFAULT_PAGE = "dataset_check.html"
 
 _ARRAYS = "cases"
 _STAGING = "cases.partial"
@@ -60,14 +64,15 @@ class PrepareOptions:
     class_names: names of the foreground classes.
     val_cases: ids or shell patterns of the validation cases; None: drawn.
     test_cases: ids or shell patterns of test cases.
-    val_fraction: share of the training cases drawn for validation; None: 0.2.
-    test_fraction: share of the cases drawn for testing; None: 0.
+    val_fraction: share of the training cases (of their groups, see `Case.group`) drawn for validation; None: 0.2.
+    test_fraction: share of the cases, likewise, drawn for testing; None: 0.
     splits: JSON file {"train": [ids], "val": [ids], "test": [ids]}, instead of the four above.
+    folds: folds of a cross-validation over all cases that are not for testing, instead of a validation split.
     window: (low, high) in the file's units, mapped to [0, 1].
     normalize: "minmax" or "zscore" instead of a window.
     orientation: "ras" or "stored".
     axis: axis, after orientation, along which slices are cut.
-    seed: of the drawn splits and of the phantoms.
+    seed: of the drawn splits, of the folds and of the phantoms.
     workers: processes; None: one for each CPU that this process may use.
     overwrite: replace the dataset that `output` holds.
     phantom_train_cases: made-up cases to train on; None: 18.
@@ -86,6 +91,7 @@ class PrepareOptions:
   val_fraction: float | None = None
   test_fraction: float | None = None
   splits: str | os.PathLike | None = None
+  folds: int | None = None
   window: tuple[float, float] | None = None
   normalize: str | None = None
   orientation: str = "ras"
@@ -158,7 +164,9 @@ def prepare(options: PrepareOptions) -> Manifest:
 def _prepare_into(output: pathlib.Path, intensity: Intensity, options: PrepareOptions) -> Manifest:
   source = _write_phantoms(output, options) if options.dataset == "phantom" else pathlib.Path(options.source)
   raw = _find(source, options)
-  splits = _splits(raw, options)
+  groups = {pair.id: pair.group or pair.id for pair in raw.pairs}
+  dealt = _splits(raw, groups, options)
+  folds = () if options.folds is None else splits.choose_folds(dealt["train"], groups, options.folds, options.seed)
   _check_space(output, raw.pairs, intensity)
   staging = output / _STAGING
   shutil.rmtree(staging, ignore_errors=True)  # what an interrupted run has left
@@ -181,15 +189,16 @@ def _prepare_into(output: pathlib.Path, intensity: Intensity, options: PrepareOp
       scale=scale,
       orientation=options.orientation,
       axis=options.axis,
-      splits=splits,
-      folds=(),
+      splits=dealt,
+      folds=folds,
       cases={outcome.case.id: outcome.case for outcome in sorted(outcomes, key=lambda outcome: outcome.case.id)},
       source=str(source),
     )
     _install(made, output)
   finally:
     shutil.rmtree(staging, ignore_errors=True)
-  for warning in (*raw.notes, *(line for outcome in outcomes for line in outcome.warnings), *_odd(made)):
+  notes = [*raw.notes, *splits.notes_on_test(dealt, groups), *_notes_on_folds(raw, made)]
+  for warning in (*notes, *(line for outcome in outcomes for line in outcome.warnings), *_odd(made)):
     print(f"warning: {warning}", file=sys.stderr, flush=True)
   return made
 
@@ -234,6 +243,12 @@ def _check_split_options(options: PrepareOptions) -> None:
   given = [f"--{name}" for name in names if getattr(options, name) is not None]
   if options.splits is not None and given:
     raise UserError(f"--splits={options.splits} says it all; leave {', '.join(given)} out")
+  if options.folds is not None:
+    if options.folds < 2:
+      raise UserError(f"--folds={options.folds}: a cross-validation needs at least 2")
+    names = ("val_cases", "val_fraction", "splits")
+    if excluded := [f"--{name}" for name in names if getattr(options, name) is not None]:
+      raise UserError(f"--folds={options.folds}: every fold is a validation split; leave {', '.join(excluded)} out")
   for split in ("val", "test"):
     if {f"--{split}_cases", f"--{split}_fraction"} <= {*given}:
       raise UserError(f"--{split}_cases and --{split}_fraction exclude each other")
@@ -344,18 +359,28 @@ def _find(source: pathlib.Path, options: PrepareOptions) -> datasets.RawDataset:
   return datasets.find_msd(source, classes)
 
 
-def _splits(raw: datasets.RawDataset, options: PrepareOptions) -> dict[str, tuple[str, ...]]:
+def _splits(raw: datasets.RawDataset, groups: Mapping[str, str], options: PrepareOptions) -> dict[str, tuple[str, ...]]:
   if options.splits is not None:
-    return datasets.read_splits(pathlib.Path(options.splits), raw.ids)
-  return datasets.choose_splits(
+    return splits.read_splits(pathlib.Path(options.splits), raw.ids, groups, folder_test_ids=raw.test_ids)
+  val_fraction = DEFAULT_VAL_FRACTION if options.val_fraction is None else options.val_fraction
+  return splits.choose_splits(
     raw.ids,
+    groups,
     folder_test_ids=raw.test_ids,
     val_cases=options.val_cases,
     test_cases=options.test_cases,
-    val_fraction=DEFAULT_VAL_FRACTION if options.val_fraction is None else options.val_fraction,
+    val_fraction=val_fraction if options.folds is None else 0.0,
     test_fraction=options.test_fraction or 0.0,
     seed=options.seed,
   )
+
+
+def _notes_on_folds(raw: datasets.RawDataset, made: Manifest) -> list[str]:
+  unknown = sum(pair.group is None for pair in raw.pairs)
+  if not made.folds or not unknown:
+    return []
+  which = made.dataset if unknown == len(raw.pairs) else f"{unknown} of {len(raw.pairs)} cases"
+  return [f"no patient is known for {which}: splits are per {'image' if made.kind == 'image' else 'case'}"]
 
 
 def _check_space(output: pathlib.Path, pairs: Sequence[datasets.Pair], intensity: Intensity) -> None:
@@ -426,7 +451,7 @@ def _write_case(job: Job, geometry: cases.Geometry, image: cases.RawVolume, labe
     affine=tuple(tuple(row) for row in image.affine.tolist()),
     file_shape=image.array.shape,
     header=cases.pack_header(image.header),
-    group=case_id,
+    group=job.pair.group or case_id,
     sources={
       "image": datasets.relative(job.pair.image, job.source),
       "label": datasets.relative(job.pair.label, job.source),
@@ -534,6 +559,8 @@ def _odd(made: Manifest) -> list[str]:
     "val": "training cannot choose its best checkpoint and will take the last one",
     "test": "there is nothing to evaluate on with --split=test",
   }
+  if made.folds:
+    del prevented["val"]  # every fold is one
   odd = [f"the {name} split is empty: {what}" for name, what in prevented.items() if not made.splits[name]]
   training = made.split("train")
   absent = [
@@ -556,6 +583,9 @@ def summary(made: Manifest, output: str | os.PathLike) -> str:
   for name in manifest.SPLITS:
     split = made.split(name)
     lines.append(f"  {name:<6}{len(split):>5} case(s) {sum(case.shape[0] for case in split):>7} slices")
+  if made.folds:
+    sizes = ", ".join(str(len(fold)) for fold in made.folds)
+    lines.append(f"  {len(made.folds)} folds of the train split, of {sizes} case(s)")
   lines += [
     "  shape (slices, rows, columns)     " + _ranges([case.shape[:3] for case in all_cases]),
     "  spacing in mm, likewise           " + _ranges([case.spacing for case in all_cases]),
@@ -569,8 +599,11 @@ def summary(made: Manifest, output: str | os.PathLike) -> str:
     counts = ", ".join(str(split[class_id]) for split in with_classes)
     lines.append(f"  {class_id:>3} {name:<20}{voxels[class_id] / voxels.sum():>10.3%}   {counts}")
   config = "quickstart" if made.dataset == "phantom" else "folder"
+  fold = " --config.data.fold=0" if made.folds else ""
   if made.splits["train"]:
-    lines.append(f"next: python train.py --config=configs/{config}.py --config.data.dir={output} --workdir=runs/first")
+    lines.append(
+      f"next: python train.py --config=configs/{config}.py --config.data.dir={output}{fold} --workdir=runs/first"
+    )
   return "\n".join(lines)
 
 
@@ -595,16 +628,68 @@ def _bytes(count: int) -> str:
   return f"{count:.3g} GB"
 
 
-def parse_options(arguments: Sequence[str] | None = None) -> PrepareOptions:
-  """Reads the command line; argparse itself reports unknown flags and exits with code 2."""
+def check_prepared(directory: str | os.PathLike, page: str | os.PathLike) -> str:
+  """Verifies a prepared dataset, files and manifest, and describes it.
+
+  Args:
+    directory: the dataset's folder.
+    page: the HTML file to write.
+
+  Returns:
+    What was found, for reading.
+
+  Raises:
+    UserError: the dataset is damaged (every fault is named), or the page cannot be written.
+  """
+  _check_page_folder(page)
+  return _describe_checked(manifest.load(directory, verify=True), directory, str(directory), page)
+
+
+def check_archive(options: PrepareOptions, page: str | os.PathLike) -> str:
+  """Validates raw files by preparing them into a temporary folder, and describes what they make.
+
+  Args:
+    options: what would be prepared; `output` is not touched.
+    page: the HTML file to write.
+
+  Returns:
+    What was found, for reading.
+
+  Raises:
+    UserError: what `prepare` raises, or the page cannot be written.
+  """
+  if options.dataset == "phantom":
+    raise UserError("--dataset=phantom is made up, there is no archive to check: prepare it and give --check --output")
+  _check_page_folder(page)
+  try:
+    with tempfile.TemporaryDirectory(prefix="selfreg_jax_check.") as folder:
+      made = prepare(dataclasses.replace(options, output=folder))
+      return _describe_checked(made, folder, str(options.source), page)
+  except OSError as error:
+    raise UserError(f"--check: {error.filename or 'temporary folder'}: {error.strerror or error}") from error
+
+
+def _check_page_folder(page: str | os.PathLike) -> None:
+  """Raises UserError where the page could not be written after all the work."""
+  if not pathlib.Path(page).parent.is_dir() or pathlib.Path(page).is_dir():
+    raise UserError(f"--html={page}: give a file in a folder that exists")
+
+
+def _describe_checked(made: Manifest, directory: str | os.PathLike, where: str, page: str | os.PathLike) -> str:
+  checkup = check.examine(made, directory, where=where)
+  check_page.write_page(checkup, directory, page)
+  return f"{check_page.as_text(checkup)}\npictures: {page}"
+
+
+def _parser() -> argparse.ArgumentParser:
   description = __doc__.split("\n\n")[0]
   parser = argparse.ArgumentParser(
     prog="python -m selfreg_jax.data.prepare", description=description, allow_abbrev=False
   )
   add = parser.add_argument
-  add("--dataset", required=True, choices=datasets.DATASETS)
+  add("--dataset", choices=datasets.DATASETS)
   add("--source", help="folder of the raw files (phantom: where to write them, default OUTPUT/raw)")
-  add("--output", required=True, help="folder of the prepared dataset")
+  add("--output", help="folder of the prepared dataset")
   files = "relative to --source; the text that * matches is the case's id, and equal ids pair"
   add("--image_glob", help=f"pattern of the images, {files}")
   add("--label_glob", help=f"pattern of the labels, {files}")
@@ -612,19 +697,52 @@ def parse_options(arguments: Sequence[str] | None = None) -> PrepareOptions:
   add("--class_names", type=_comma_list, help="a,b,c: names of classes 1, 2, 3; class 0 is the background")
   add("--val_cases", type=_comma_list, help="ids or shell patterns, separated by commas")
   add("--test_cases", type=_comma_list, help="ids or shell patterns, separated by commas")
-  add("--val_fraction", type=float, help=f"share of the training cases, default {DEFAULT_VAL_FRACTION}")
-  add("--test_fraction", type=float, help="share of the cases, default 0")
+  add("--val_fraction", type=float, help=f"share of the training patients, default {DEFAULT_VAL_FRACTION}")
+  add("--test_fraction", type=float, help="share of the patients, default 0")
   add("--splits", help='JSON file {"train": [ids], "val": [ids], "test": [ids]}')
+  add("--folds", type=int, help="cross-validation: deal all cases that are not for testing into that many folds")
   add("--window", type=float, nargs=2, metavar=("LO", "HI"), help="clip to [LO, HI] (HU for CT), then to [0, 1]")
   add("--normalize", choices=("minmax", "zscore"), help="of each volume")
   add("--orientation", choices=cases.ORIENTATIONS, default="ras", help="turn to RAS+ (default) or leave as stored")
   add("--axis", type=int, choices=range(3), default=2, help="cut slices along this axis, after orientation")
-  add("--seed", type=int, default=0, help="of drawn splits and phantoms")
+  add("--seed", type=int, default=0, help="of drawn splits, folds and phantoms")
   add("--workers", type=int, help="processes, default one a CPU; memory grows with them")
   add("--overwrite", action="store_true", help="replace the dataset in --output")
   add("--phantom_train_cases", type=int, help="made-up cases to train on, default 18")
   add("--phantom_test_cases", type=int, help="made-up test cases, default 6")
-  return PrepareOptions(**vars(parser.parse_args(arguments)))
+  add(
+    "--check",
+    action="store_true",
+    help="write no dataset: verify and describe the one in --output, or the raw files in --source (they are prepared "
+    "into a temporary folder, below $TMPDIR)",
+  )
+  add("--html", metavar="FILE", help=f"page with tables and pictures that --check writes, default {DEFAULT_PAGE}")
+  return parser
+
+
+def _parse_command(arguments: Sequence[str] | None) -> Callable[[], str]:
+  """What the command line asks for, to be called; argparse itself reports wrong flags and exits with code 2."""
+  parser = _parser()
+  given = vars(parser.parse_args(arguments))
+  checking, page = given.pop("check"), given.pop("html")
+  if not checking:
+    if missing := [f"--{name}" for name in ("dataset", "output") if given[name] is None]:
+      parser.error(f"the following arguments are required: {', '.join(missing)}")
+    if page is not None:
+      parser.error("--html goes with --check")
+    options = PrepareOptions(**given)
+    return lambda: summary(prepare(options), options.output)
+  page = page or DEFAULT_PAGE
+  if given["output"] is None:
+    if given["dataset"] is None or given["overwrite"]:
+      parser.error("--check needs --output, or --dataset and --source (and then no --overwrite)")
+    return lambda: check_archive(PrepareOptions(**given | {"output": ""}), page)
+  if others := [f"--{name}" for name, value in given.items() if name != "output" and value != parser.get_default(name)]:
+    parser.error(
+      f"--check --output={given['output']} looks at a prepared dataset; leave {', '.join(others)} out, or --output to "
+      "check raw files"
+    )
+  return lambda: check_prepared(given["output"], page)
 
 
 def _comma_list(text: str) -> tuple[str, ...]:
@@ -633,9 +751,9 @@ def _comma_list(text: str) -> tuple[str, ...]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """The command; returns its exit code."""
-  options = parse_options(arguments)
+  command = _parse_command(arguments)
   try:
-    return run_command(lambda: print(summary(prepare(options), options.output), flush=True))
+    return run_command(lambda: print(command(), flush=True))
   except KeyboardInterrupt:
     print("interrupted: nothing was prepared; run the same command again", file=sys.stderr, flush=True)
     return EXIT_FAULT

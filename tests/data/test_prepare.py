@@ -1,5 +1,6 @@
 """The command from raw folders to a prepared dataset: layouts, splits, bad files, interruptions."""
 
+import dataclasses
 import errno
 import fcntl
 import gzip
@@ -267,6 +268,11 @@ def test_folders_that_hold_nothing_are_explained(tmp_path):
     ({"val_fraction": 1.0}, "--val_fraction=1.0"),
     ({"val_fraction": 0.5, "val_cases": ("case_00",)}, "exclude"),
     ({"splits": "splits.json", "val_cases": ("case_00",)}, "leave --val_cases out"),
+    ({"folds": 1}, "--folds=1"),
+    ({"folds": 3, "val_cases": ("case_00",)}, "leave --val_cases out"),
+    ({"folds": 3, "val_fraction": 0.5}, "leave --val_fraction out"),
+    ({"folds": 3, "splits": "splits.json"}, "leave --splits out"),
+    ({"folds": 3}, r"only 2 group\(s\)"),
     ({"num_classes": 4, "class_names": ("a", "b")}, "disagrees"),
     ({"num_classes": 1}, "at least 2"),
     ({"num_classes": 257}, "257 classes"),
@@ -283,50 +289,6 @@ def test_options_that_make_no_sense_are_refused(tmp_path, changes, match):
 
 # Splits.
 
-IDS = tuple(f"c{index}" for index in range(10))
-
-
-def test_fractions_are_drawn_from_the_rest():
-  splits = datasets.choose_splits(IDS, folder_test_ids=("c0", "c1"), seed=1)
-  assert [len(splits[name]) for name in manifest.SPLITS] == [6, 2, 2]
-  assert splits["test"] == ("c0", "c1")
-  assert splits == datasets.choose_splits(IDS, folder_test_ids=("c0", "c1"), seed=1)
-  assert any(splits != datasets.choose_splits(IDS, folder_test_ids=("c0", "c1"), seed=seed) for seed in range(2, 5))
-  splits = datasets.choose_splits(IDS, test_fraction=0.3, val_fraction=0.0)
-  assert [len(splits[name]) for name in manifest.SPLITS] == [7, 0, 3]
-  assert len(datasets.choose_splits(("a", "b"))["val"]) == 1
-  assert datasets.choose_splits(("a",)) == {"train": ("a",), "val": (), "test": ()}
-  assert len(datasets.choose_splits(("a", "b"), val_fraction=0.99)["train"]) == 1
-
-
-def test_cases_can_be_named_or_matched():
-  splits = datasets.choose_splits(IDS, val_cases=("c1", "c[23]"), test_cases=("c9",))
-  assert splits == {"train": ("c0", "c4", "c5", "c6", "c7", "c8"), "val": ("c1", "c2", "c3"), "test": ("c9",)}
-  assert datasets.choose_splits(IDS, val_cases=())["val"] == ()
-  assert datasets.choose_splits(("a[1]", "b"), val_cases=("a[1]",))["val"] == ("a[1]",)
-  with pytest.raises(UserError, match="two splits, val and test: c1"):
-    datasets.choose_splits(IDS, val_cases=("c1",), test_cases=("c*",))
-  with pytest.raises(UserError, match=r"--test_cases: no case is called x\*"):
-    datasets.choose_splits(IDS, test_cases=("c1", "x*"))
-
-
-@pytest.mark.parametrize(
-  ("content", "match"),
-  [
-    ({"train": ["a", "b"], "val": ["b"], "test": ["c"]}, r"named twice: b"),
-    ({"train": ["a", "b", "z"], "val": ["c"]}, r"unknown case\(s\): z"),
-    ({"train": ["a"], "val": ["c"]}, r"in no split: b"),
-    ({"train": ["a", "b"], "valid": ["c"]}, "valid is no split"),
-    ({"train": "abc"}, "not a list"),
-    ([{"train": ["a"], "val": ["b"]}], "not an object"),
-  ],
-)
-def test_split_files_must_deal_out_each_case_once(tmp_path, content, match):
-  path = tmp_path / "splits.json"
-  path.write_text(json.dumps(content))
-  with pytest.raises(UserError, match=match):
-    datasets.read_splits(path, ("a", "b", "c"))
-
 
 def test_a_split_file_decides_everything(tmp_path):
   write_msd(tmp_path / "raw", train=3, test=1)
@@ -334,6 +296,40 @@ def test_a_split_file_decides_everything(tmp_path):
   path.write_text(json.dumps({"train": ["case_03"], "val": ["case_02"], "test": ["case_01", "case_00"]}))
   made = prepare.prepare(options(tmp_path, splits=path))
   assert made.splits == {"train": ("case_03",), "val": ("case_02",), "test": ("case_00", "case_01")}
+
+
+def test_folds_deal_out_all_cases_that_are_not_for_testing(tmp_path, capfd):
+  write_msd(tmp_path / "raw", train=5, test=1)
+  made = prepare.prepare(options(tmp_path, folds=2, seed=3))
+  assert manifest.load(tmp_path / "out") == made
+  assert made.splits == {"train": tuple(f"case_{n:02d}" for n in range(5)), "val": (), "test": ("case_05",)}
+  assert sorted(len(fold) for fold in made.folds) == [2, 3]
+  assert sorted(case_id for fold in made.folds for case_id in fold) == list(made.splits["train"])
+  assert made.with_fold(1).splits["val"] == made.folds[1]
+  errors = capfd.readouterr().err
+  assert "no patient is known for msd: splits are per case" in errors
+  assert "val split is empty" not in errors
+  text = prepare.summary(made, tmp_path / "out")
+  assert "2 folds of the train split, of 3, 2 case(s)" in text
+  assert "--config.data.fold=0 --workdir=" in text
+
+
+def test_cases_of_one_patient_stay_together(tmp_path, monkeypatch, capfd):
+  write_msd(tmp_path / "raw", train=6, test=1)
+  find = datasets.find_msd
+
+  def find_with_patients(*arguments):
+    raw = find(*arguments)
+    pairs = (dataclasses.replace(pair, group=f"patient_{n // 2}") for n, pair in enumerate(raw.pairs))
+    return dataclasses.replace(raw, pairs=tuple(pairs))
+
+  monkeypatch.setattr(datasets, "find_msd", find_with_patients)
+  made = prepare.prepare(options(tmp_path, folds=3))
+  assert {made.cases[case_id].group for case_id in ("case_00", "case_01")} == {"patient_0"}
+  assert {*made.folds} == {("case_00", "case_01"), ("case_02", "case_03"), ("case_04", "case_05")}
+  assert "no patient is known" not in capfd.readouterr().err
+  with pytest.raises(UserError, match=r"--val_cases: .*\n  patient_1: train case_03; val case_02"):
+    prepare.prepare(options(tmp_path, output=tmp_path / "new", val_cases=("case_02",)))
 
 
 # Bad files.
