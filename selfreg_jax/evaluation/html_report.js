@@ -8,7 +8,7 @@ const pictureScripts = [...document.querySelectorAll("script.pictures")]; // cas
 const element = (id) => document.getElementById(id);
 const MAX_DOTS = 400; // cases drawn one by one in the distribution
 
-/** The chosen metric of the chosen protocol: {name, title, factor, lower, classes, intervals, values[case][class]}. */
+/** The chosen metric of the chosen protocol: {name, title, factor, share, classes, intervals, values[case][class]}. */
 let metric = null;
 
 /** Mean of the numbers among the values, null if there are none. */
@@ -104,7 +104,7 @@ function caseCell({ value, score }, n) {
   const number = value(n);
   if (!score) return make("td", { class: number ? "bad" : "none" }, String(number));
   const cell = make("td", {}, format(number, metric.factor));
-  if (!metric.lower && number !== null) {
+  if (metric.share && number !== null) {
     cell.className = "share";
     cell.style.setProperty("--share", Math.min(1, Math.max(0, number)));
   }
@@ -118,8 +118,8 @@ function drawDistribution() {
   const numbers = metric.values.flat().filter((value) => value !== null);
   const lowest = numbers.reduce((low, value) => Math.min(low, value), 0.9);
   const highest = numbers.reduce((high, value) => Math.max(high, value), 0);
-  const start = metric.factor === 100 ? Math.floor(10 * lowest) / 10 : Math.min(0, lowest);
-  const end = metric.factor === 100 ? 1 : highest || 1;
+  const start = metric.share ? Math.floor(10 * lowest) / 10 : Math.min(0, lowest);
+  const end = metric.share ? 1 : highest || 1;
   const at = (value) => (100 * (value - start)) / (end - start);
   const rows = report.classes.slice(1).flatMap(({ name, color }, c) => {
     const track = make("div", { class: "track" });
@@ -298,7 +298,6 @@ async function drawSlice() {
   context.imageSmoothingQuality = "high";
   context.drawImage(slice.picture, 0, 0, width, height);
   context.drawImage(paintOverlay(slice, width, height), 0, 0);
-  canvas.dataset.shown = `${view.case}/${position}`; // tells tests that this slice has been drawn
   for (const next of [position + 1, position - 1]) if (next in pictures.indices) decoded(next);
 }
 

@@ -319,7 +319,7 @@ def _page_data(summary: Mapping[str, Any], scores: Scores, manifest: Manifest, o
         "name": name,
         "title": _metric_title(name, unit),
         "factor": _factor(name),
-        "lower": name in _DISTANCES,
+        "share": _factor(name) == 100,
         "classes": [row.get(name) for row in block["classes"].values()],
         "intervals": [row.get("interval", {}).get(name) for row in block["classes"].values()],
         "values": [[scores[protocol][case_id][c].get(name, math.nan) for c in class_ids] for case_id in order],

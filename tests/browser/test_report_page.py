@@ -10,7 +10,7 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import Select, WebDriverWait
+from selenium.webdriver.support.ui import Select
 
 from selfreg_jax.data import manifest as manifests
 from selfreg_jax.data.prepare import PrepareOptions, prepare
@@ -82,14 +82,12 @@ class Page:
     self.wait_for_picture()
 
   def wait_for_picture(self):
-    shown = "return element('canvas').dataset.shown === `${view.case}/${view.position}`"
-    WebDriverWait(self.browser, 10).until(lambda browser: browser.execute_script(shown))
+    """Drawing is asynchronous: returns when what the page wants to show is on the canvas."""
+    self.browser.execute_async_script("const done = arguments[0]; drawSlice().then(done)")
 
   def picture(self):
     """The canvas as a string: equal pictures are equal strings."""
     self.wait_for_picture()
-    # Redrawing is asynchronous even where the slice is decoded already.
-    self.browser.execute_async_script("const done = arguments[0]; drawSlice().then(done)")
     return self.browser.execute_script("return element('canvas').toDataURL()")
 
   def press(self, *keys):
@@ -263,6 +261,21 @@ def test_a_case_opens_from_the_table_and_from_its_thumbnail(image_page):
   image_page.click("#strip button:nth-child(1)")
   assert image_page.picture() == before
   assert image_page.value("document.querySelector('#strip img').naturalWidth") == 90
+
+
+@pytest.mark.parametrize(("shape", "spacing"), [((4, 30, 40), (5.0, 1.0, 0.2)), ((4, 30, 40), (5.0, 0.2, 1.0))])
+@pytest.mark.parametrize("width", [1300, 500])
+def test_anisotropic_slices_keep_their_proportions(browser, tmp_path, shape, spacing, width):
+  arguments = made_up.volumes_dataset(1, shape=shape, spacing=spacing, axcodes=("S", "R", "A"))
+  html_report.write_report(tmp_path / "report.html", **arguments)
+  browser.set_window_size(width, 1000)
+  page = Page(browser, tmp_path / "report.html")
+  box = page.value("element('canvas').getBoundingClientRect().toJSON()")
+  # The picture's columns are the array's rows, which run from right to left.
+  assert box["width"] / box["height"] == pytest.approx(30 * spacing[1] / (40 * spacing[2]), rel=0.02)
+  assert page.value("document.documentElement.scrollWidth <= window.innerWidth")
+  browser.set_window_size(1300, 1000)
+  page.assert_silent()
 
 
 def test_images_have_no_slider(image_page):
