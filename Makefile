@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 DATA ?= data/phantom
 RUN ?= runs/quickstart
 
-.PHONY: quickstart test lint format clean
+SELENIUM := selenium==4.51.0
+
+.PHONY: quickstart test test-report lint format clean
 
 quickstart: $(VENV)/.installed
 	@test -f $(DATA)/manifest.json || $(BIN)/python -m selfreg_jax.data.prepare --dataset=phantom --output=$(DATA)
@@ -16,6 +18,13 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n 2
+
+# Opens made-up evaluations' report.html in headless Chromium; not part of `test`.
+test-report: $(VENV)/.installed
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+	  { echo "error: Chromium and its driver are needed: apt-get install chromium chromium-driver"; exit 2; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(SELENIUM)
+	$(BIN)/python -m pytest -q tests/browser
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

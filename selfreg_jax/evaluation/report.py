@@ -35,7 +35,7 @@ _CAPTIONS = {
 }
 
 _BACKGROUND, _TEXT, _FAINT = "#101214", "#f2f2f2", "#9aa0a6"
-_ERRORS = {"missed": (255, 255, 255), "extra": (255, 45, 149), "wrong class": (255, 212, 0)}
+ERROR_COLORS = {"missed": (255, 255, 255), "extra": (255, 45, 149), "wrong class": (255, 212, 0)}
 _DIMMED = 0.45  # brightness of the image under the errors
 _PANEL_INCHES, _DPI = 2.6, 200  # the longer side of a picture; pixels an inch
 _PANEL_PIXELS = 512  # slices are enlarged to at least this before contours are drawn, so that these stay thin
@@ -182,6 +182,19 @@ def radiological(array: np.ndarray, axcodes: Sequence[str]) -> np.ndarray:
     ValueError: the codes do not name three different axes of the body.
   """
   return _turn(axcodes).apply(array)
+
+
+def body_sides(axcodes: Sequence[str]) -> tuple[str, str]:
+  """The sides of the body at the left and at the top edge of a picture that `radiological` turned, e.g. ("R", "A").
+
+  Args:
+    axcodes: where the indices along (slice, row, column) grow to, e.g. ("S", "R", "A").
+
+  Raises:
+    ValueError: the codes do not name three different axes of the body.
+  """
+  turn = _turn(axcodes)
+  return turn.left, turn.top
 
 
 @dataclasses.dataclass(frozen=True)
@@ -394,10 +407,12 @@ def overlay_case(
   legends = [{class_names[class_id]: class_colors(num_classes)[class_id] for class_id in present if class_id > 0}]
   if truths is not None:
     errors = [_errors(*maps) for maps in zip(truths, predictions, strict=True)]
-    colors = np.array([(0, 0, 0), *_ERRORS.values()], np.uint8)
+    colors = np.array([(0, 0, 0), *ERROR_COLORS.values()], np.uint8)
     pairs = zip(images, errors, strict=True)
     columns["errors"] = [_paint(_DIMMED * array, kinds, colors, fill=1, **style) for array, kinds in pairs]
-    legends.append({kind: color for n, (kind, color) in enumerate(_ERRORS.items(), start=1) if n in np.unique(errors)})
+    legends.append(
+      {kind: color for n, (kind, color) in enumerate(ERROR_COLORS.items(), start=1) if n in np.unique(errors)}
+    )
   drawing = _draw_grid(
     columns,
     list(chosen.values()),
@@ -450,7 +465,7 @@ def _middle(num_slices: int) -> dict[int, str]:
 
 
 def _errors(truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-  """Where two class maps differ: the position in `_ERRORS`, from 1, of the kind of error; 0 where they agree."""
+  """Where two class maps differ: the position in `ERROR_COLORS`, from 1, of the kind of error; 0 where they agree."""
   wrong = truth != prediction
   return np.select([wrong & (prediction == 0), wrong & (truth == 0), wrong], [1, 2, 3], 0)
 
