@@ -14,7 +14,10 @@ import numpy as np
 
 from selfreg_jax.evaluation import metrics
 
-METRICS = {"sound": ("dice", "jaccard", "hd95", "assd", "nsd"), "paper": ("dice", "jaccard", "hd95", "assd")}
+METRICS = {
+  "sound": ("dice", "jaccard", "hd95", "assd", "nsd", "volume_difference"),
+  "paper": ("dice", "jaccard", "hd95", "assd"),
+}
 FLAGS = ("missed", "invented")
 PROTOCOLS = tuple(METRICS)
 
@@ -37,7 +40,8 @@ def evaluate_case(
   """Scores the class map of one case against the truth.
 
   In the sound protocol a class in neither array is nan throughout (not scored); a class missing in one of them scores
-  Dice, Jaccard and NSD 0 and as both distances the diagonal of the array.
+  Dice, Jaccard and NSD 0 and as both distances the diagonal of the array. The volume difference, prediction less truth,
+  is what it is in all cases but the first.
 
   In the paper protocol, for volumes, a class missing in the prediction scores 0 throughout, distances included and
   whether or not it is in the truth; a class missing in the truth only scores Dice 1, Jaccard 1, distances 0. For
@@ -56,7 +60,8 @@ def evaluate_case(
 
   Returns:
     Class id (1 .. num_classes - 1) -> metric -> value: "dice", "jaccard", "hd95", "assd", in the sound protocol also
-    "nsd"; and the flags "missed" (in the truth only) and "invented" (in the prediction only) as 0.0 or 1.0.
+    "nsd" and "volume_difference" (in the spacing's unit cubed, squared for an image); and the flags "missed" (in the
+    truth only) and "invented" (in the prediction only) as 0.0 or 1.0.
 
   Raises:
     ValueError: shapes differ, arrays hold anything but class ids, the protocol is unknown or its spacing is missing.
@@ -118,6 +123,8 @@ def evaluate_protocols(
     if "sound" in protocols:
       diagonal = metrics.volume_diagonal(truth.shape, spacing=spacing)
       scores = _score_sound(overlap, predicted, true, spacing=spacing, diagonal=diagonal, tolerance=tolerance)
+      excess = float(counts.fp[class_id]) - float(counts.fn[class_id])
+      scores["volume_difference"] = excess * math.prod(spacing) if len(predicted) or len(true) else math.nan
       tables["sound"][class_id] = {**scores, **flags}
     if "paper" in protocols:
       if prediction.ndim == 3:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import ndimage
 
 import selfreg_jax as sr
 from selfreg_jax import mesh as meshes
@@ -72,3 +73,66 @@ def test_batches_are_split_over_the_devices_and_equal_one_device():
   assert eight.batch_size == 8
   one = inference.SlicePredictor(16, 3, meshes.make_mesh(jax.devices()[:1]))
   np.testing.assert_array_equal(eight.classes(threshold_fn, volume), one.classes(threshold_fn, volume))
+
+
+def sliding_fn(images):
+  """A network without symmetry: class 1 where the pixel is brighter than its left neighbour, in graded logits."""
+  step = images[..., 0] - jnp.roll(images[..., 0], 1, axis=2)
+  return jnp.stack([-step, step], axis=-1)
+
+
+def test_mirroring_averages_the_probabilities_of_the_mirrored_images():
+  images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 8, 1)), jnp.float32)
+  averaged = jax.nn.softmax(inference.average_mirrored(sliding_fn)(images))
+
+  def softmax(x):
+    return np.exp(x) / np.exp(x).sum(-1, keepdims=True)
+
+  x = np.asarray(images)
+  expected = [
+    softmax(np.asarray(sliding_fn(x))),
+    softmax(np.asarray(sliding_fn(x[:, ::-1])))[:, ::-1],
+    softmax(np.asarray(sliding_fn(x[:, :, ::-1])))[:, :, ::-1],
+    softmax(np.asarray(sliding_fn(x[:, ::-1, ::-1])))[:, ::-1, ::-1],
+  ]
+  np.testing.assert_allclose(averaged, np.mean(expected, axis=0), atol=1e-6)
+  # The average does not know left from right.
+  mirrored = jax.nn.softmax(inference.average_mirrored(sliding_fn)(images[:, :, ::-1]))
+  np.testing.assert_allclose(mirrored[:, :, ::-1], averaged, atol=1e-6)
+
+
+def test_an_ensemble_averages_probabilities_and_survives_certainty():
+  first, second = jnp.array([[[[1000.0, 0.0]]]]), jnp.array([[[[0.0, 1.0]]]])
+  together = inference.average_ensemble([lambda images: first, lambda images: second])(None)
+  sure = 1 / (1 + np.e)
+  np.testing.assert_allclose(jax.nn.softmax(together)[0, 0, 0], [(1 + sure) / 2, (1 - sure) / 2], rtol=1e-6)
+  alone = inference.average_ensemble([lambda images: first])(None)
+  assert np.isfinite(alone).all()
+
+
+@pytest.mark.parametrize("sizes", [(8, 21), (13, 5), (16, 16), (224, 512)])
+def test_linear_resize_is_scipys(sizes):
+  size, resized = sizes
+  line = np.random.default_rng(0).normal(size=size)
+  matrix = inference.linear_matrix(size, resized)
+  expected = np.interp(np.linspace(0, size - 1, resized), np.arange(size), line)
+  np.testing.assert_allclose(matrix @ line, expected, atol=1e-9)
+
+
+def test_logits_are_brought_to_the_native_grid_before_the_classes_are_decided():
+  volume = np.random.default_rng(0).normal(size=(3, 20, 30, 1)).astype(np.float32)
+  seen = []
+
+  def watching(images):
+    seen.append(np.asarray(threshold_fn(images)))
+    return threshold_fn(images)
+
+  predictor = inference.SlicePredictor(12, 2, meshes.make_mesh(jax.devices()[:1]), resize="logits")
+  classes, probabilities = predictor.probabilities(watching, volume)
+  logits = np.concatenate(seen)[:3]
+  native = ndimage.zoom(logits, (1, 20 / 12, 30 / 12, 1), order=1, mode="nearest")
+  np.testing.assert_array_equal(classes, native.argmax(-1))
+  np.testing.assert_allclose(probabilities, np.asarray(jax.nn.softmax(native)), atol=1e-5)
+  native_classes, network_classes = predictor.classes_of_both_sizes(threshold_fn, volume)
+  np.testing.assert_array_equal(native_classes, classes)
+  np.testing.assert_array_equal(network_classes, logits.argmax(-1))

@@ -250,3 +250,17 @@ def test_summary_refusals():
 def test_scoring_does_not_import_jax():
   code = "import sys, selfreg_jax.evaluation.protocols; sys.exit('jax' in sys.modules)"
   assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_volume_difference_is_signed_and_physical():
+  truth = np.zeros((4, 5, 6), np.uint8)
+  truth[1:3, 1:3, 1:3] = 1  # 8 voxels
+  prediction = np.zeros_like(truth)
+  prediction[1:3, 1:3, 1:4] = 1  # 12 voxels
+  table = protocols.evaluate_case(prediction, truth, num_classes=3, spacing=(2.0, 0.5, 3.0))
+  assert table[1]["volume_difference"] == 4 * 3.0
+  assert math.isnan(table[2]["volume_difference"])
+  missed = protocols.evaluate_case(np.zeros_like(truth), truth, num_classes=2, spacing=(2.0, 0.5, 3.0))
+  assert missed[1]["volume_difference"] == -8 * 3.0
+  image = protocols.evaluate_case(prediction[1], truth[1], num_classes=2, spacing=(0.5, 3.0))
+  assert image[1]["volume_difference"] == 2 * 1.5
