@@ -228,12 +228,53 @@ def test_labels_of_other_kinds_are_refused(tmp_path, labels, match):
   refused(tmp_path, match)
 
 
-def test_several_channels_are_refused(tmp_path):
+@pytest.mark.parametrize("layout", ["nnunet", "msd", "globs"])
+def test_several_channels_are_mapped_each_on_its_own(tmp_path, layout):
+  raw = tmp_path / "raw"
+  first = {case_id: image for case_id, (image, _) in write_msd(raw, train=2, suffix="_0000", modality={}).items()}
+  description = {"labels": LABELS, "channel_names": {"0": "T2", "1": "ADC"}}
+  (raw / "dataset.json").write_text(json.dumps(description))
+  second = {case_id: 7 * write_image(raw / f"imagesTr/{case_id}_0001.nii.gz", seed=9) for case_id in first}
+  for case_id, image in second.items():
+    nib.save(nib.Nifti1Image(image, AFFINE), raw / f"imagesTr/{case_id}_0001.nii.gz")
+  changes = {}
+  if layout == "msd":
+    for case_id in first:
+      both = np.stack([first[case_id], second[case_id]], axis=-1)
+      nib.save(nib.Nifti1Image(both, AFFINE), raw / f"imagesTr/{case_id}.nii.gz")
+      for channel in (0, 1):
+        (raw / f"imagesTr/{case_id}_000{channel}.nii.gz").unlink()
+  elif layout == "globs":
+    changes = {"image_glob": "imagesTr/*_0000.nii.gz, imagesTr/*_0001.nii.gz", "label_glob": "labelsTr/*.nii.gz"}
+  made = prepare.prepare(options(tmp_path, window=None, normalize="minmax", **changes))
+  assert made.channels == 2
+  for case_id, case in made.cases.items():
+    stored = np.load(tmp_path / "out" / case.image) * made.scale
+    assert case.shape == (6, 12, 10, 2)
+    for channel, image in enumerate((first[case_id], second[case_id])):
+      turned = image[::-1].transpose(2, 0, 1)
+      expected = (turned - turned.min()) / (turned.max() - turned.min())
+      np.testing.assert_allclose(stored[..., channel], expected, atol=1e-5)
+  assert case.file_shape == SHAPE
+  if layout != "msd":
+    assert case.sources["image"] == [f"imagesTr/{case_id}_0000.nii.gz", f"imagesTr/{case_id}_0001.nii.gz"]
+
+
+def test_missing_and_surplus_channels_are_faults(tmp_path):
   write_msd(tmp_path / "raw", train=2, suffix="_0000")
   write_image(tmp_path / "raw/imagesTr/case_00_0001.nii.gz")
-  refused(tmp_path, "_0001 beside _0000")
-  write_msd(tmp_path / "raw", train=2, modality={"0": "T2", "1": "ADC"})
-  refused(tmp_path, r"2 channels \(T2, ADC\)")
+  message = refused(tmp_path)
+  assert "imagesTr/case_01_0000.nii.gz: channel(s) 1 of case 'case_01' are missing" in message
+  assert "case_00_0001.nii.gz: has 2 channel(s), the dataset has 1" in message
+  write_image(tmp_path / "raw/imagesTr/case_01_0001.nii.gz", shape=(12, 10, 5))
+  assert "imagesTr/case_01_0001.nii.gz, labelsTr/case_01.nii.gz: image has shape (12, 10, 5)" in refused(tmp_path)
+  write_image(tmp_path / "raw/a.nii.gz", shape=(*SHAPE, 2))
+  for case_id in "bcd":
+    write_image(tmp_path / f"raw/{case_id}.nii.gz")
+  for case_id in "abcd":
+    write_label(tmp_path / f"raw/label_{case_id}.nii.gz")
+  message = refused(tmp_path, image_glob="*.nii.gz", label_glob="label_*.nii.gz", num_classes=3)
+  assert message.endswith("a.nii.gz: has 2 channel(s), most cases have 1")
 
 
 def test_folders_that_hold_nothing_are_explained(tmp_path):
@@ -258,8 +299,8 @@ def test_folders_that_hold_nothing_are_explained(tmp_path):
     ({"normalize": "zscore"}, "exclude"),
     ({"window": (275, -125)}, "lower one first"),
     ({"window": (0, float("nan"))}, "finite"),
-    ({"window": None, "normalize": "l2"}, "minmax or zscore"),
-    ({"dataset": "acme"}, "known are msd"),
+    ({"window": None, "normalize": "l2"}, "minmax, zscore or byte"),
+    ({"dataset": "acme"}, "known are synapse, acdc"),
     ({"source": None}, "needs --source"),
     ({"workers": 0}, "--workers=0"),
     ({"axis": 3}, "--axis=3"),
