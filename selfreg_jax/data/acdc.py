@@ -139,11 +139,12 @@ def _find_pack(source: pathlib.Path, folder: pathlib.Path) -> RawDataset:
     for (number, phase), reader in readers:
       patient = f"patient{int(number):03d}"
       case_id = f"{patient}_{phase.upper()}"
-      if case_id in found:
+      if case_id not in found:
+        found[case_id] = RawCase(case_id, reader, group=patient)
+        splits[split].add(case_id)
+      else:
         names = [datasets.relative(r.image_files[0], source) for r in (found[case_id].reader, reader)]
         faults.append(f"{', '.join(names)}: {phase.upper()} of {patient} twice")
-      found[case_id] = RawCase(case_id, reader, group=patient)
-      splits[split].add(case_id)
   groups = {split: {found[case_id].group for case_id in ids} for split, ids in splits.items()}
   notes = [
     f"{patient}: one phase in {one}, one in {other}; scores will be better than on patients never seen"

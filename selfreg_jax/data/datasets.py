@@ -40,12 +40,12 @@ class RawCase:
   Attributes:
     id: name of the case, unique in the dataset and usable as a file name.
     reader: the files, and how they are read.
-    group: what must not be parted by a split (the patient); the case's own id where nothing is known.
+    group: what must not be parted by a split (the patient); None where nothing is known.
   """
 
   id: str
   reader: Reader
-  group: str
+  group: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +84,8 @@ class RawDataset:
 
   @property
   def groups(self) -> dict[str, str]:
-    """The group of each id; a case whose files do not pair is its own."""
-    return {case_id: case_id for case_id in self.ids} | {case.id: case.group for case in self.cases}
+    """The group of each id; where nothing is known of a case, it is its own."""
+    return {case_id: case_id for case_id in self.ids} | {case.id: case.group or case.id for case in self.cases}
 
 
 def find_msd(source: pathlib.Path, classes: tuple[str, ...] | None = None) -> RawDataset:
@@ -256,7 +256,7 @@ def pair_up(
       names = listed(relative(path, source) for path in image_files)
       faults.append(f"{names}: channel(s) {listed(map(str, missing))} of case {case_id!r} are missing")
     elif len(label_files) == 1 and all(len(files) == 1 for files in images_by_channel):
-      found.append(RawCase(case_id, reader(tuple(image_files), label_files[0]), group=case_id))
+      found.append(RawCase(case_id, reader(tuple(image_files), label_files[0])))
   return Found(tuple(found), tuple(ids), tuple(faults), unlabelled)
 
 

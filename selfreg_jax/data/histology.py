@@ -9,6 +9,7 @@ Masks hold a number for each object, or 255; above 0 is class 1. Patients are ke
 the first three fields of the TCGA barcode for MoNuSeg; where neither is there each image stands for itself.
 """
 
+import collections
 import csv
 import io
 import pathlib
@@ -173,17 +174,16 @@ def _dataset(parts: Parts, info: DatasetInfo, patient: Callable[[str], str | Non
   faults = [fault for found in parts.values() for fault in found.faults]
   faults += [f"{name}: image without a label" for found in parts.values() for name in found.unlabelled.values()]
   ids = [case_id for found in parts.values() for case_id in found.ids]
-  faults += [f"{case_id}: in two folders" for case_id in sorted({case_id for case_id in ids if ids.count(case_id) > 1})]
+  twice = {case_id for case_id, count in collections.Counter(ids).items() if count > 1}
+  faults += [f"{case_id}: in two folders; an image belongs to one split" for case_id in sorted(twice)]
   ungrouped = [case_id for case_id in ids if patient(case_id) is None]
   notes = [f"{len(ungrouped)} of {len(ids)} images are not grouped by patient: {why_unknown}"] if ungrouped else []
   return RawDataset(
-    tuple(
-      RawCase(case.id, case.reader, patient(case.id) or case.id) for found in parts.values() for case in found.cases
-    ),
+    tuple(RawCase(case.id, case.reader, patient(case.id)) for found in parts.values() for case in found.cases),
     info.classes,
     tuple(sorted({*ids})),
-    val_ids=parts["val"].ids if "val" in parts else (),
-    test_ids=parts["test"].ids,
+    val_ids=tuple(case_id for case_id in parts["val"].ids if case_id not in twice) if "val" in parts else (),
+    test_ids=tuple(case_id for case_id in parts["test"].ids if case_id not in twice),
     faults=tuple(faults),
     notes=tuple(notes),
     kind=info.kind,

@@ -76,9 +76,10 @@ def read_mask(path: pathlib.Path) -> np.ndarray:
 def peek_size(path: pathlib.Path) -> tuple[int, int, int] | None:
   """(rows, columns, channels) that a file's header promises; None if they cannot be had."""
   try:
-    with warnings.catch_warnings(), Image.open(path, formats=_FORMATS) as picture:
-      warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-      return picture.height, picture.width, 1 if picture.mode in _ONE_VALUE_A_PIXEL else 3
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")  # reading it will tell
+      with Image.open(path, formats=_FORMATS) as picture:
+        return picture.height, picture.width, 1 if picture.mode in (*_ONE_VALUE_A_PIXEL, "LA") else 3
   except (OSError, Image.DecompressionBombError, *_DAMAGE):
     return None
 
@@ -87,14 +88,15 @@ def _read(path: pathlib.Path) -> Image.Image:
   content = read_bytes(path)
   try:
     with warnings.catch_warnings():
-      # Pillow only warns of what a decompression bomb would look like, up to twice this many pixels.
+      warnings.simplefilter("ignore")  # what Pillow warns of on the way to an error
+      # Of what may be a decompression bomb Pillow only warns, up to twice this many pixels.
       warnings.simplefilter("error", Image.DecompressionBombWarning)
       Image.open(io.BytesIO(content), formats=_FORMATS).verify()  # the checksums of a PNG, which loading skips
       picture = Image.open(io.BytesIO(content), formats=_FORMATS)
-    if getattr(picture, "n_frames", 1) > 1:
-      raise CaseError(f"holds {picture.n_frames} pages; one image a file is needed")
-    _check_depth(picture, content)
-    picture.load()
+      if getattr(picture, "n_frames", 1) > 1:
+        raise CaseError(f"holds {picture.n_frames} pages; one image a file is needed")
+      _check_depth(picture, content)
+      picture.load()
   except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
     raise CaseError(f"has more than {Image.MAX_IMAGE_PIXELS} pixels; cut it into tiles") from error
   except UnidentifiedImageError as error:

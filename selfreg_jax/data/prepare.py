@@ -542,7 +542,7 @@ def _write_case(job: Job, content: Content, stored: np.ndarray) -> Outcome:
     affine=None if content.affine is None else tuple(tuple(row) for row in content.affine.tolist()),
     file_shape=content.file_shape,
     header=None if content.header is None else cases.pack_header(content.header),
-    group=job.case.group,
+    group=job.case.group or case_id,
     sources={
       "image": _file_or_files(reader.image_files, job.source),
       "label": _file_or_files(reader.label_files, job.source),

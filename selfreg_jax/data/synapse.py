@@ -116,7 +116,7 @@ def _find_raw(source: pathlib.Path, folder: pathlib.Path) -> RawDataset:
   found = datasets.pair_up(source, [datasets.by_id(ids["img"])], datasets.by_id(ids["label"]), NiftiCase)
   faults += [*found.faults, *(f"{name}: image without a label" for name in found.unlabelled.values())]
   return RawDataset(
-    found.cases,
+    tuple(RawCase(case.id, case.reader, group=case.id) for case in found.cases),
     SYNAPSE.classes,
     found.ids,
     test_ids=tuple(case_id for case_id in found.ids if case_id in TEST),
