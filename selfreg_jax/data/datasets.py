@@ -143,8 +143,15 @@ def find_msd(source: pathlib.Path, classes: tuple[str, ...] | None = None) -> Ra
 
 
 def names_images(image_glob: str) -> bool:
-  """Whether a pattern asks for 2-D images (PNG, BMP, TIFF) rather than volumes (NIfTI), by its ending."""
-  return image_glob.lower().endswith(images.EXTENSIONS)
+  """Whether patterns ask for 2-D images (PNG, BMP, TIFF) rather than volumes, by their endings; UserError for both."""
+  answers = {pattern.lower().endswith(images.EXTENSIONS) for pattern in _patterns(image_glob)}
+  if len(answers) > 1:
+    raise UserError(f"--image_glob={image_glob}: the channels of a case are volumes or images, not both")
+  return answers.pop()
+
+
+def _patterns(image_glob: str) -> list[str]:
+  return [pattern.strip() for pattern in image_glob.split(",")]
 
 
 def find_by_globs(
@@ -169,10 +176,8 @@ def find_by_globs(
   Raises:
     UserError: a pattern is unusable or matches nothing, or the class names are not known.
   """
-  image_patterns = [pattern.strip() for pattern in image_glob.split(",")]
-  patterns = [*(("--image_glob", pattern) for pattern in image_patterns), ("--label_glob", label_glob)]
-  if len({names_images(pattern) for pattern in image_patterns}) > 1:
-    raise UserError(f"--image_glob={image_glob}: the channels of a case are volumes or images, not both")
+  two_dimensional = names_images(image_glob)
+  patterns = [*(("--image_glob", pattern) for pattern in _patterns(image_glob)), ("--label_glob", label_glob)]
   matches = _each_file_once([_glob(source, pattern, flag) for flag, pattern in patterns], [p for _, p in patterns])
   for (flag, pattern), matching in zip(patterns, matches, strict=True):
     if not matching:
@@ -185,7 +190,6 @@ def find_by_globs(
         f"--num_classes=N (with it); {source} has no {_DESCRIPTION}"
       )
     classes = parse_labels(read_json(description).get("labels"), description)
-  two_dimensional = names_images(image_patterns[0])
   *by_channel, labels = map(by_id, matches)
   found = pair_up(source, by_channel, labels, ImageCase if two_dimensional else NiftiCase)
   faults = [*found.faults, *(f"{name}: image without a label" for name in found.unlabelled.values())]

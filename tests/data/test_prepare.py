@@ -14,6 +14,7 @@ import time
 import nibabel as nib
 import numpy as np
 import pytest
+from PIL import Image
 
 from selfreg_jax.data import datasets, manifest, prepare
 from selfreg_jax.data.prepare import PrepareOptions
@@ -190,6 +191,66 @@ def test_a_label_pattern_may_be_a_special_case_of_the_image_pattern(tmp_path):
   made = prepare.prepare(options(tmp_path, image_glob="*.nii.gz", label_glob="*_seg.nii.gz", num_classes=3))
   assert made.classes == ("background", "class_1", "class_2")
   assert made.cases["a"].sources == {"image": "a.nii.gz", "label": "a_seg.nii.gz"}
+
+
+# 2-D images.
+
+
+def write_png(path, array):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  Image.fromarray(array).save(path)
+
+
+def pictures(tmp_path, **changes):
+  normal = {
+    "window": None,
+    "image_glob": "*.png",
+    "label_glob": "*_mask.png",
+    "class_names": ("cell",),
+    "val_cases": (),
+  }
+  return options(tmp_path, **normal | changes)
+
+
+@pytest.mark.parametrize("ending", ["png", "bmp", "tif"])
+def test_colour_images_are_stored_as_bytes(tmp_path, ending):
+  rng = np.random.default_rng(0)
+  arrays = {name: (rng.integers(0, 256, shape, np.uint8), rng.integers(0, 2, shape[:2], np.uint8))
+            for name, shape in (("a", (9, 7, 3)), ("b", (5, 8, 3)))}  # fmt: skip
+  for name, (image, mask) in arrays.items():
+    write_png(tmp_path / f"raw/{name}.{ending}", image)
+    write_png(tmp_path / f"raw/{name}_mask.{ending}", mask)
+  made = prepare.prepare(pictures(tmp_path, image_glob=f"*.{ending}", label_glob=f"*_mask.{ending}"))
+  assert (made.kind, made.unit, made.orientation, made.channels) == ("image", "pixel", "stored", 3)
+  assert (made.intensity, made.dtype, made.scale) == (manifest.Intensity("byte"), "uint8", 1 / 255)
+  for name, (image, mask) in arrays.items():
+    case = made.cases[name]
+    np.testing.assert_array_equal(np.load(tmp_path / "out" / case.image), image[np.newaxis])
+    np.testing.assert_array_equal(np.load(tmp_path / "out" / case.label), mask[np.newaxis])
+    assert (case.shape, case.file_shape, case.group) == ((1, *image.shape), mask.shape, name)
+  text = prepare.summary(made, tmp_path / "out")
+  assert "8-bit values / 255, stored as uint8" in text
+  assert "spacing in pixel" in text
+  assert "run towards" not in text
+
+
+def test_grey_images_of_several_files_are_channels(tmp_path):
+  rng = np.random.default_rng(0)
+  stains = {name: rng.integers(0, 60000, (6, 7)).astype(np.uint16) for name in ("dapi", "gfp")}
+  for name, image in stains.items():
+    write_png(tmp_path / f"raw/a_{name}.png", image)
+  write_png(tmp_path / "raw/a_mask.png", rng.integers(0, 2, (6, 7), np.uint8))
+  changes = {"image_glob": "*_dapi.png,*_gfp.png"}
+  refused(
+    tmp_path, "not the integers 0 to 255 of 8-bit colours; .*--normalize=minmax", **vars(pictures(tmp_path, **changes))
+  )
+  made = prepare.prepare(pictures(tmp_path, normalize="minmax", **changes))
+  stored = np.load(tmp_path / "out" / made.cases["a"].image)[0] * made.scale
+  for channel, image in enumerate(stains.values()):
+    expected = (image - float(image.min())) / (float(image.max()) - image.min())
+    np.testing.assert_allclose(stored[..., channel], expected, atol=1e-5)
+  (tmp_path / "out/manifest.json").unlink()
+  refused(tmp_path, "volumes or images, not both", **vars(pictures(tmp_path, image_glob="*_a.png,*_b.nii.gz")))
 
 
 @pytest.mark.parametrize(
