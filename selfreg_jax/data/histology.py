@@ -51,7 +51,8 @@ def find_glas(source: pathlib.Path) -> RawDataset:
   """
   layouts = dict.fromkeys(_tree_roots(source), _tree)
   for folder in datasets.folders_below(source):
-    if any(_GLAS_IMAGE.fullmatch(path.stem) for path in _image_files(folder)) and folder.name != "img":
+    in_tree = folder.parent.name in _TREE
+    if not in_tree and any(_GLAS_IMAGE.fullmatch(path.stem) for path in _image_files(folder)):
       layouts[folder] = _glas_archive
   folder, parts = _only(source, layouts, "train_1.bmp beside train_1_anno.bmp")
   patients = _patients(folder / _GRADES)
