@@ -36,11 +36,7 @@ _SLICE = re.compile(_CASE + r"_slice_?(?P<phase>ED|ES)_?(?P<slice>\d+)\.npz", re
 _VOLUME = re.compile(_CASE + r"_volume_?(?P<phase>ED|ES)\.npz", re.IGNORECASE)
 _PACK_SPLITS = {"train": "train", "valid": "val", "val": "val", "test": "test"}
 _IMAGE_KEY = "img"
-
-
-def label_rule() -> LabelRule:
-  """What the values of label files mean: the class ids."""
-  return LabelRule(len(ACDC.classes), hint="1 right ventricle, 2 myocardium, 3 left ventricle are expected")
+_LABELS = LabelRule(len(ACDC.classes), hint="1 right ventricle, 2 myocardium, 3 left ventricle are expected")
 
 
 def find(source: pathlib.Path) -> RawDataset:
@@ -96,9 +92,11 @@ def _find_raw(source: pathlib.Path, folder: pathlib.Path, left_out: list[pathlib
   return RawDataset(
     tuple(found),
     ACDC.classes,
+    _LABELS,
     tuple(ids),
     faults=tuple(faults),
     notes=tuple(notes),
+    orientation=ACDC.orientation,
     channels=ACDC.channels,
     val_fraction=VAL_FRACTION,
     test_fraction=TEST_FRACTION,
@@ -154,6 +152,7 @@ def _find_pack(source: pathlib.Path, folder: pathlib.Path) -> RawDataset:
   return RawDataset(
     tuple(found[case_id] for case_id in sorted(found)),
     ACDC.classes,
+    _LABELS,
     tuple(sorted(found)),
     val_ids=tuple(sorted(splits["val"])),
     test_ids=tuple(sorted(splits["test"])),
@@ -161,5 +160,6 @@ def _find_pack(source: pathlib.Path, folder: pathlib.Path) -> RawDataset:
     notes=tuple(notes),
     unit="voxel",
     packed=True,
+    orientation=ACDC.orientation,
     channels=ACDC.channels,
   )

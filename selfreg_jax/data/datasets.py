@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from selfreg_jax.data import images
+from selfreg_jax.data.cases import LabelRule
 from selfreg_jax.data.manifest import SPLITS
 from selfreg_jax.data.readers import ImageCase, NiftiCase, Reader
 from selfreg_jax.errors import UserError
@@ -55,6 +56,7 @@ class RawDataset:
   Attributes:
     cases: the complete cases, by id.
     classes: class names by id; the first is the background.
+    labels: what the values of label files mean.
     ids: the ids of all cases, those in `faults` included.
     val_ids: ids of the cases that the folder itself marks as validation cases.
     test_ids: ids of the cases that the folder itself, or the published split, marks as test cases.
@@ -62,6 +64,7 @@ class RawDataset:
     notes: what is left out on purpose, for the user to know.
     kind: "volume" or "image".
     unit: of the spacings: "mm", "voxel" or "pixel".
+    orientation: "ras" or "stored" where the request does not say.
     packed: whether intensities and orientation were settled by whoever made the files.
     channels: of every image; None where only the images tell.
     val_fraction: share of the training cases to draw for validation where the request does not say.
@@ -70,6 +73,7 @@ class RawDataset:
 
   cases: tuple[RawCase, ...]
   classes: tuple[str, ...]
+  labels: LabelRule
   ids: tuple[str, ...]
   val_ids: tuple[str, ...] = ()
   test_ids: tuple[str, ...] = ()
@@ -77,6 +81,7 @@ class RawDataset:
   notes: tuple[str, ...] = ()
   kind: str = "volume"
   unit: str = "mm"
+  orientation: str = "ras"
   packed: bool = False
   channels: int | None = None
   val_fraction: float = 0.2
@@ -134,6 +139,7 @@ def find_msd(source: pathlib.Path, classes: tuple[str, ...] | None = None) -> Ra
   return RawDataset(
     tuple(found),
     classes,
+    LabelRule(len(classes)),
     tuple(ids),
     test_ids=test_ids,
     faults=tuple(faults),
@@ -193,8 +199,8 @@ def find_by_globs(
   *by_channel, labels = map(by_id, matches)
   found = pair_up(source, by_channel, labels, ImageCase if two_dimensional else NiftiCase)
   faults = [*found.faults, *(f"{name}: image without a label" for name in found.unlabelled.values())]
-  kind, unit = ("image", "pixel") if two_dimensional else ("volume", "mm")
-  return RawDataset(found.cases, classes, found.ids, faults=tuple(faults), kind=kind, unit=unit)
+  what = {"kind": "image", "unit": "pixel", "orientation": "stored"} if two_dimensional else {}
+  return RawDataset(found.cases, classes, LabelRule(len(classes)), found.ids, faults=tuple(faults), **what)
 
 
 def _each_file_once(

@@ -32,11 +32,6 @@ _TEST = re.compile(r"Test|TEST|(?<![a-z])test")  # MoNuSegTestData, but not "lat
 _BARCODE = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}")
 
 
-def label_rule(info: DatasetInfo) -> LabelRule:
-  """What the values of masks mean: above 0 is the one class."""
-  return LabelRule(len(info.classes), instances=True, hint="a mask of 0 and numbers above is expected")
-
-
 def find_glas(source: pathlib.Path) -> RawDataset:
   """Finds the images of the GlaS archive or tree.
 
@@ -182,6 +177,7 @@ def _dataset(parts: Parts, info: DatasetInfo, patient: Callable[[str], str | Non
   return RawDataset(
     tuple(RawCase(case.id, case.reader, patient(case.id)) for found in parts.values() for case in found.cases),
     info.classes,
+    LabelRule(len(info.classes), instances=True, hint="a mask of 0 and numbers above is expected"),
     tuple(sorted({*ids})),
     val_ids=tuple(case_id for case_id in parts["val"].ids if case_id not in twice) if "val" in parts else (),
     test_ids=tuple(case_id for case_id in parts["test"].ids if case_id not in twice),
@@ -189,5 +185,6 @@ def _dataset(parts: Parts, info: DatasetInfo, patient: Callable[[str], str | Non
     notes=tuple(notes),
     kind=info.kind,
     unit="pixel",
+    orientation=info.orientation,
     channels=info.channels,
   )

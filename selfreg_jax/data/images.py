@@ -73,7 +73,7 @@ def read_mask(path: pathlib.Path) -> np.ndarray:
   return pixels[..., 0]
 
 
-def peek_size(path: pathlib.Path) -> tuple[int, int, int] | None:
+def peek_shape(path: pathlib.Path) -> tuple[int, int, int] | None:
   """(rows, columns, channels) that a file's header promises; None if they cannot be had."""
   try:
     with warnings.catch_warnings():

@@ -46,7 +46,7 @@ import rich.progress
 from selfreg_jax.data import acdc, cases, datasets, histology, manifest, synapse
 from selfreg_jax.data.datasets import RawCase, RawDataset
 from selfreg_jax.data.manifest import Case, Intensity, Manifest
-from selfreg_jax.data.published import GLAS, MONUSEG, PUBLISHED
+from selfreg_jax.data.published import PUBLISHED
 from selfreg_jax.data.readers import CaseFaultsError, Content, Reading
 from selfreg_jax.errors import EXIT_FAULT, UserError, run_command
 
@@ -174,8 +174,10 @@ def prepare(options: PrepareOptions) -> Manifest:
 def _prepare_into(output: pathlib.Path, intensity: Intensity, options: PrepareOptions) -> Manifest:
   source = _write_phantoms(output, options) if options.dataset == "phantom" else pathlib.Path(options.source)
   raw = _find(source, options)
+  if not raw.ids and not raw.faults:
+    raise UserError(f"{source}: holds no case; docs/datasets.md shows how files must be named")
   _check_fits_files(raw, options)
-  reading = Reading(_label_rule(raw, options), _orientation(raw, options), options.axis)
+  reading = Reading(raw.labels, options.orientation or raw.orientation, options.axis)
   splits = _splits(raw, options)
   _check_space(output, raw.cases, intensity)
   staging = output / _STAGING
@@ -372,37 +374,15 @@ def _remove_phantoms(folder: pathlib.Path) -> None:
 def _find(source: pathlib.Path, options: PrepareOptions) -> RawDataset:
   if not source.is_dir():
     raise UserError(f"--source={source}: no such folder")
-  if options.dataset in _PUBLISHED_FINDERS:
-    return _PUBLISHED_FINDERS[options.dataset](source)
+  if options.dataset == "synapse":
+    return synapse.find(source, organs=options.labels)
+  published = {"acdc": acdc.find, "glas": histology.find_glas, "monuseg": histology.find_monuseg}
+  if options.dataset in published:
+    return published[options.dataset](source)
   classes = datasets.requested_classes(options.class_names, options.num_classes)
   if options.image_glob is not None:
     return datasets.find_by_globs(source, options.image_glob, options.label_glob, classes)
   return datasets.find_msd(source, classes)
-
-
-_PUBLISHED_FINDERS: dict[str, Callable[[pathlib.Path], RawDataset]] = {
-  "synapse": synapse.find,
-  "acdc": acdc.find,
-  "glas": histology.find_glas,
-  "monuseg": histology.find_monuseg,
-}
-
-
-def _label_rule(raw: RawDataset, options: PrepareOptions) -> cases.LabelRule:
-  """What the values of the dataset's label files mean."""
-  if options.dataset == "synapse":
-    return synapse.label_rule(options.labels, packed=raw.packed)
-  if options.dataset == "acdc":
-    return acdc.label_rule()
-  if options.dataset in ("glas", "monuseg"):
-    return histology.label_rule(GLAS if options.dataset == "glas" else MONUSEG)
-  return cases.LabelRule(len(raw.classes))
-
-
-def _orientation(raw: RawDataset, options: PrepareOptions) -> str:
-  if options.orientation is not None:
-    return options.orientation
-  return "stored" if raw.kind == "image" or options.dataset in PUBLISHED else "ras"
 
 
 def _check_fits_files(raw: RawDataset, options: PrepareOptions) -> None:
@@ -470,11 +450,8 @@ def _choose_by_group(
 
 def _check_space(output: pathlib.Path, raw_cases: Sequence[RawCase], intensity: Intensity) -> None:
   itemsize = np.dtype(cases.STORED_FORMATS[intensity.kind][0]).itemsize
-  needed = 0
-  for case in raw_cases:
-    shape = case.reader.peek_shape() or (0,)
-    channels = shape[3] if len(shape) == 4 else 1
-    needed += math.prod(shape) * itemsize + math.prod(shape) // channels
+  sizes = [case.reader.peek_size() for case in raw_cases]
+  needed = sum(voxels * (channels * itemsize + 1) for voxels, channels in sizes)
   free = shutil.disk_usage(output).free
   if needed > free:
     raise UserError(f"{output}: {_bytes(needed)} are needed and {_bytes(free)} are free on that disk")

@@ -5,6 +5,7 @@ A reader finds everything that is wrong with a case's files before it gives up, 
 
 import contextlib
 import dataclasses
+import math
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -81,8 +82,8 @@ class Reader(Protocol):
   def label_files(self) -> tuple[pathlib.Path, ...]:
     """The files that the label is in; may be the same."""
 
-  def peek_shape(self) -> tuple[int, ...] | None:
-    """The image's voxels and channels as the files' headers promise them, in any order; None if they do not say."""
+  def peek_size(self) -> tuple[int, int]:
+    """(voxels, channels) of the image as the files' headers promise them; (0, 1) where they cannot be read."""
 
   def read(self, reading: Reading) -> Content:
     """Reads and checks the case.
@@ -123,9 +124,9 @@ class NiftiCase:
     """The one label file."""
     return (self.label,)
 
-  def peek_shape(self) -> tuple[int, ...] | None:
+  def peek_size(self) -> tuple[int, int]:
     """See `Reader`."""
-    return _stack_shapes([cases.peek_shape(path) for path in self.image_files], spatial=3)
+    return _total_size([cases.peek_shape(path) for path in self.image_files], spatial=3)
 
   def read(self, reading: Reading) -> Content:
     """See `Reader`."""
@@ -169,9 +170,9 @@ class ImageCase:
     """The one label file."""
     return (self.label,)
 
-  def peek_shape(self) -> tuple[int, ...] | None:
+  def peek_size(self) -> tuple[int, int]:
     """See `Reader`."""
-    return _stack_shapes([images.peek_size(path) for path in self.image_files], spatial=2)
+    return _total_size([images.peek_shape(path) for path in self.image_files], spatial=2)
 
   def read(self, reading: Reading) -> Content:
     """See `Reader`."""
@@ -218,10 +219,10 @@ class SlicePack:
     """The slices."""
     return self.files
 
-  def peek_shape(self) -> tuple[int, ...] | None:
+  def peek_size(self) -> tuple[int, int]:
     """See `Reader`; the first slice speaks for all."""
-    shape = packs.peek_shape(self.files[0], self.image_key)
-    return shape and (len(self.files), *shape)
+    voxels, channels = _total_size([packs.peek_shape(self.files[0], self.image_key)], spatial=2)
+    return len(self.files) * voxels, channels
 
   def read(self, reading: Reading) -> Content:
     """See `Reader`."""
@@ -257,9 +258,9 @@ class VolumePack:
     """The one file."""
     return (self.file,)
 
-  def peek_shape(self) -> tuple[int, ...] | None:
+  def peek_size(self) -> tuple[int, int]:
     """See `Reader`."""
-    return packs.peek_shape(self.file, self.image_key)
+    return _total_size([packs.peek_shape(self.file, self.image_key)], spatial=3)
 
   def read(self, reading: Reading) -> Content:
     """See `Reader`."""
@@ -284,9 +285,8 @@ def _channels(arrays: Sequence[np.ndarray]) -> np.ndarray:
   return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
 
 
-def _stack_shapes(shapes: Sequence[tuple[int, ...] | None], spatial: int) -> tuple[int, ...] | None:
-  """Shapes of a case's files -> that of all their channels together."""
+def _total_size(shapes: Sequence[tuple[int, ...] | None], spatial: int) -> tuple[int, int]:
+  """(voxels, channels) of the arrays together, whose shapes begin with `spatial` sizes and may end with channels."""
   if any(shape is None for shape in shapes):
-    return None
-  channels = sum(shape[spatial] if len(shape) > spatial else 1 for shape in shapes)
-  return (*shapes[0][:spatial], channels)
+    return 0, 1
+  return math.prod(shapes[0][:spatial]), sum(math.prod(shape[spatial:]) for shape in shapes)

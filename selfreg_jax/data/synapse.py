@@ -74,17 +74,18 @@ def label_rule(organs: int | None, packed: bool) -> LabelRule:
   return LabelRule(len(SYNAPSE.classes), table, must_exceed=8, hint=hint)
 
 
-def find(source: pathlib.Path) -> RawDataset:
+def find(source: pathlib.Path, *, organs: int | None = None) -> RawDataset:
   """Finds the cases of the raw archive or of the pack, whichever lies below the source folder.
 
   Args:
     source: the folder, or any above it.
+    organs: of the archive's label files; see `label_rule`.
 
   Returns:
     The dataset.
 
   Raises:
-    UserError: neither layout is there, or both, or one of them twice.
+    UserError: neither layout is there, or both, or one of them twice, or the pack with 13 organs.
   """
   folders = datasets.folders_below(source)
   raw = [path.parent for path in folders if path.name == "img" and (path.parent / "label").is_dir()]
@@ -98,13 +99,11 @@ def find(source: pathlib.Path) -> RawDataset:
   if len(found) > 1:
     names = datasets.listed(datasets.relative(path, source) for path in found)
     raise UserError(f"{source}: holds the dataset more than once ({names}); give the folder of one")
-  dataset = _find_raw(source, raw[0]) if raw else _find_pack(source, packs[0])
-  if not dataset.ids:
-    raise UserError(f"{found[0]}: no file is named as the dataset's are; see docs/datasets.md")
-  return dataset
+  labels = label_rule(organs, packed=not raw)
+  return _find_raw(source, raw[0], labels) if raw else _find_pack(source, packs[0], labels)
 
 
-def _find_raw(source: pathlib.Path, folder: pathlib.Path) -> RawDataset:
+def _find_raw(source: pathlib.Path, folder: pathlib.Path, labels: LabelRule) -> RawDataset:
   ids, faults = {"img": {}, "label": {}}, []
   for prefix, by_path in ids.items():
     for path in datasets.nifti_files(folder / prefix):
@@ -118,15 +117,17 @@ def _find_raw(source: pathlib.Path, folder: pathlib.Path) -> RawDataset:
   return RawDataset(
     tuple(RawCase(case.id, case.reader, group=case.id) for case in found.cases),
     SYNAPSE.classes,
+    labels,
     found.ids,
     test_ids=tuple(case_id for case_id in found.ids if case_id in TEST),
     faults=tuple(faults),
     notes=_notes(found.ids),
+    orientation=SYNAPSE.orientation,
     channels=SYNAPSE.channels,
   )
 
 
-def _find_pack(source: pathlib.Path, folder: pathlib.Path) -> RawDataset:
+def _find_pack(source: pathlib.Path, folder: pathlib.Path, labels: LabelRule) -> RawDataset:
   (slices,), faults = datasets.numbered(source, folder / "train_npz", ".npz", _SLICE)
   (volumes,), volume_faults = datasets.numbered(source, folder / "test_vol_h5", ".h5", _VOLUME)
   readers = {case: SlicePack(files, _IMAGE_KEY) for (case,), files in slices.items()}
@@ -137,12 +138,14 @@ def _find_pack(source: pathlib.Path, folder: pathlib.Path) -> RawDataset:
   return RawDataset(
     tuple(RawCase(case, readers[case], group=case) for case in ids),
     SYNAPSE.classes,
+    labels,
     ids,
     test_ids=tuple(sorted(case for (case,) in volumes)),
     faults=tuple(faults),
     notes=_notes(ids),
     unit="voxel",
     packed=True,
+    orientation=SYNAPSE.orientation,
     channels=SYNAPSE.channels,
   )
 

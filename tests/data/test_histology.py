@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from selfreg_jax.data import manifest
+from selfreg_jax.data import prepare as prepare_module
 from selfreg_jax.data.prepare import PrepareOptions, prepare
 from selfreg_jax.data.published import GLAS, MONUSEG
 from selfreg_jax.errors import UserError
@@ -113,6 +114,21 @@ def test_the_layout_must_be_clear(tmp_path):
 def test_an_image_belongs_to_one_folder(tmp_path):
   archives.write_tree(tmp_path / "tree", {"Val_Folder": {"a": 1, "b": 2}, "Test_Folder": {"a": 1}})
   refused(tmp_path, "monuseg", tmp_path / "tree", "a: in two folders")
+
+
+def test_a_tree_without_images_is_no_dataset(tmp_path):
+  (tmp_path / "tree/Train_Folder/img").mkdir(parents=True)
+  refused(tmp_path, "glas", tmp_path / "tree", "tree: holds no case; docs/datasets.md shows")
+
+
+def test_too_little_room_is_noticed_before(tmp_path, monkeypatch):
+  archives.write_tree(tmp_path / "tree", {"Train_Folder": {"a": 0, "b": 1}})
+  pixels = sum(archives.tissue(number)[1].size for number in (0, 1))
+  usage = prepare_module.shutil.disk_usage(tmp_path)._replace(free=pixels * (3 + 1) - 1)  # colours and label, in bytes
+  monkeypatch.setattr(prepare_module.shutil, "disk_usage", lambda path: usage)
+  refused(tmp_path, "glas", tmp_path / "tree", "are needed")
+  monkeypatch.setattr(prepare_module.shutil, "disk_usage", lambda path: usage._replace(free=usage.free + 1))
+  run(tmp_path, "glas", tmp_path / "tree")
 
 
 def test_bad_files_of_glas_are_named(tmp_path):

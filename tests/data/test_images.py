@@ -26,8 +26,8 @@ def test_colours_and_grey_come_back_as_they_are(tmp_path, ending):
   grey = save(tmp_path / f"grey.{ending}", GREY)
   np.testing.assert_array_equal(images.read_image(grey), GREY[..., np.newaxis])
   np.testing.assert_array_equal(images.read_mask(grey), GREY)
-  assert images.peek_size(grey) == (7, 5, 1)
-  assert images.peek_size(tmp_path / f"rgb.{ending}") == (7, 5, 3)
+  assert images.peek_shape(grey) == (7, 5, 1)
+  assert images.peek_shape(tmp_path / f"rgb.{ending}") == (7, 5, 3)
 
 
 @pytest.mark.parametrize("ending", ["png", "tif"])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from selfreg_jax.data import manifest, synapse
-from selfreg_jax.data.prepare import PrepareOptions, prepare
+from selfreg_jax.data.prepare import PrepareOptions, prepare, summary
 from selfreg_jax.data.published import SYNAPSE
 from selfreg_jax.errors import UserError
 
@@ -78,6 +78,18 @@ def test_what_only_the_archive_knows(tmp_path, btcv, pack):
   assert (case.spacing, case.affine, case.axcodes, case.header) == ((1, 1, 1), None, None, None)
   assert case.sources["image"][4] == "Synapse/train_npz/case0005_slice004.npz"
   assert packed.cases["0001"].sources["image"] == "Synapse/test_vol_h5/case0001.npy.h5"
+
+
+def test_the_summary_leads_on_to_the_config_of_the_dataset(tmp_path, pack):
+  text = summary(run(tmp_path, pack), tmp_path / "out")
+  assert "python train.py --config=configs/synapse_unet.py" in text
+  assert "spacing in voxel" in text
+  assert "window [-125, 275] -> [0, 1]" in text
+
+
+def test_processes_read_packs_too(tmp_path, pack):
+  options = PrepareOptions(dataset="synapse", source=pack, output=tmp_path / "two", workers=2)
+  assert prepare(options) == run(tmp_path, pack)
 
 
 def test_the_published_split_has_18_and_12_cases():
