@@ -32,6 +32,7 @@ STORED_FORMATS = {
   "window": ("uint16", 1 / 65535),
   "minmax": ("uint16", 1 / 65535),
   "zscore": ("float32", 1.0),
+  "byte": ("uint8", 1 / 255),
 }
 
 _LISTED_VALUES = 8
@@ -43,13 +44,32 @@ class CaseError(Exception):
   """One fault of one file, or of an image with its label, in one line without the file's name."""
 
 
+@dataclasses.dataclass(frozen=True)
+class LabelRule:
+  """How the values of a label file become class ids; any other value is a fault of the file.
+
+  Attributes:
+    num_classes: number of classes, background included; without more, valid values are the ids 0 .. num_classes - 1.
+    table: the class id of each label value 0 .. len(table) - 1, where label files hold other ids than the classes'.
+    instances: values count objects, or mark them with any number (255): all above 0 are class 1.
+    must_exceed: a label file none of whose values exceeds this is taken for another label set; None: not checked.
+    hint: what may be wrong where values are refused.
+  """
+
+  num_classes: int
+  table: tuple[int, ...] | None = None
+  instances: bool = False
+  must_exceed: int | None = None
+  hint: str = "the wrong label set, or the wrong --num_classes or --class_names?"
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class RawVolume:
   """A volume as its file holds it.
 
   Attributes:
-    array: (x, y, z) voxels in the file's scaled units; the file's own integer type where it has one and no scaling,
-      else float32.
+    array: (x, y, z) or (x, y, z, channels) voxels in the file's scaled units; the file's own integer type where it has
+      one and no scaling, else float32.
     affine: (4, 4) voxel -> millimetres, from the sform where there is one, else the qform, else the voxel sizes.
     header: the file's header as it stands, without nibabel's repairs.
   """
@@ -59,28 +79,29 @@ class RawVolume:
   header: nib.Nifti1Header
 
 
-def read_nifti(path: str | os.PathLike) -> RawVolume:
+def read_nifti(path: str | os.PathLike, *, channels: bool = False) -> RawVolume:
   """Reads a whole .nii or .nii.gz file and checks all that one file can be checked for.
 
   A gzip stream is read to its end, so that truncation and a wrong CRC are noticed. Axes of length 1 beyond the third
-  are dropped: several tools write a volume as (x, y, z, 1).
+  are dropped: several tools write a volume as (x, y, z, 1), or its channels as (x, y, z, 1, channels).
 
   Args:
     path: the file.
+    channels: whether a fourth axis is allowed, which then holds channels.
 
   Returns:
     The volume, every voxel finite.
 
   Raises:
     CaseError: the file cannot be read, is damaged or no NIfTI file, or holds something other than one finite,
-      real-valued 3-D volume with positive voxel sizes in millimetres and an invertible affine.
+      real-valued volume with positive voxel sizes in millimetres and an invertible affine.
   """
-  content = _read_content(pathlib.Path(path))
+  content = read_bytes(pathlib.Path(path))
   header = _parse_header(content)
-  shape = _volume_shape(header)
+  shape = _array_shape(header, channels)
   affine = _checked_affine(header)
   array = _scaled(_stored_voxels(content, header, shape), header)
-  _check_finite(array)
+  check_finite(array)
   return RawVolume(array, affine, header)
 
 
@@ -115,17 +136,18 @@ def write_like(path: str | os.PathLike, array: np.ndarray, header: nib.Nifti1Hea
   temporary.replace(path)
 
 
-def peek_shape(path: str | os.PathLike) -> tuple[int, int, int] | None:
-  """The (x, y, z) voxels that a file's header promises, read from its first bytes; None if they cannot be had."""
+def peek_shape(path: str | os.PathLike) -> tuple[int, ...] | None:
+  """The (x, y, z[, channels]) that a file's header promises, read from its first bytes; None if it cannot be had."""
   path = pathlib.Path(path)
   try:
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-      return _volume_shape(_parse_header(file.read(nib.Nifti2Header.sizeof_hdr)))
+      return _array_shape(_parse_header(file.read(nib.Nifti2Header.sizeof_hdr)), channels=True)
   except (OSError, EOFError, zlib.error, CaseError):
     return None
 
 
-def _read_content(path: pathlib.Path) -> bytes:
+def read_bytes(path: pathlib.Path) -> bytes:
+  """A file's content, unpacked if its name ends in .gz; raises CaseError where there is none to be had."""
   try:
     if path.is_dir():
       raise CaseError("is a folder, not a file")
@@ -166,16 +188,18 @@ def _parse_header(content: bytes) -> nib.Nifti1Header:
   raise CaseError("is not a NIfTI file (no NIfTI header)")
 
 
-def _volume_shape(header: nib.Nifti1Header) -> tuple[int, int, int]:
+def _array_shape(header: nib.Nifti1Header, channels: bool) -> tuple[int, ...]:
   dimensions = int(header["dim"][0])
   if not 1 <= dimensions <= 7:
     raise CaseError(f"damaged header: {dimensions} dimensions")
   shape = tuple(int(size) for size in header["dim"][1 : dimensions + 1])
   if min(shape) < 1:
     raise CaseError(f"damaged header: shape {shape}")
-  if len(shape) < 3 or any(size > 1 for size in shape[3:]):
-    raise CaseError(f"has shape {shape}; one 3-D volume (x, y, z) is needed")
-  return shape[:3]
+  further = tuple(size for size in shape[3:] if size > 1)
+  if len(shape) < 3 or len(further) > channels:
+    or_channels = ", or one with channels (x, y, z, channels)," if channels else ""
+    raise CaseError(f"has shape {shape}; one 3-D volume (x, y, z){or_channels} is needed")
+  return (*shape[:3], *further)
 
 
 def _checked_affine(header: nib.Nifti1Header) -> np.ndarray:
@@ -200,8 +224,8 @@ def _numbers(values: np.ndarray) -> str:
   return "(" + ", ".join(f"{value:g}" for value in values) + ")"
 
 
-def _stored_voxels(content: bytes, header: nib.Nifti1Header, shape: tuple[int, int, int]) -> np.ndarray:
-  """The voxels (x, y, z) before scaling: a view of the file's bytes."""
+def _stored_voxels(content: bytes, header: nib.Nifti1Header, shape: tuple[int, ...]) -> np.ndarray:
+  """The voxels (x, y, z[, channels]) before scaling: a view of the file's bytes."""
   try:
     dtype = header.get_data_dtype()
   except (HeaderDataError, KeyError) as error:
@@ -234,7 +258,8 @@ def _scaled(voxels: np.ndarray, header: nib.Nifti1Header) -> np.ndarray:
   return scaled
 
 
-def _check_finite(array: np.ndarray) -> None:
+def check_finite(array: np.ndarray) -> None:
+  """Raises CaseError where an array holds NaN or infinite values."""
   if array.dtype.kind != "f" or np.isfinite(array).all():
     return
   counts = {"NaN": np.isnan(array).sum(), "Inf": np.isinf(array).sum()}
@@ -307,11 +332,26 @@ class Geometry:
 
 
 def check_image(volume: RawVolume, geometry: Geometry) -> None:
-  """Raises CaseError if an image's voxels all have one (float32) value or its slices are less than two voxels wide."""
-  low, high = np.float32(volume.array.min()), np.float32(volume.array.max())
-  if low == high:
-    raise CaseError(f"is constant: every voxel is {low:g}")
-  slices, rows, columns = geometry.shape
+  """`check_slices` of a volume (x, y, z[, channels])."""
+  slices = geometry.to_slices(volume.array)
+  check_slices(slices if slices.ndim == 4 else slices[..., np.newaxis])
+
+
+def check_slices(image: np.ndarray) -> None:
+  """Checks an image as networks will see it.
+
+  Args:
+    image: (slices, rows, columns, channels), raw.
+
+  Raises:
+    CaseError: a channel has one (float32) value everywhere, or the slices are less than two voxels wide.
+  """
+  slices, rows, columns, channels = image.shape
+  for channel in range(channels):
+    low, high = np.float32(image[..., channel].min()), np.float32(image[..., channel].max())
+    if low == high:
+      where = f"in channel {channel} " if channels > 1 else ""
+      raise CaseError(f"is constant: {where}every voxel is {low:g}")
   if min(rows, columns) < 2:
     raise CaseError(f"slices of {rows} x {columns} voxels ({slices} of them) are too small: two a side are needed")
 
@@ -323,10 +363,10 @@ def check_pair(image: RawVolume, label: RawVolume) -> None:
   qform's float32 quaternion may place the corners of a slightly oblique volume a voxel away from the exact affine, the
   same way in both files.
   """
-  if image.array.shape != label.array.shape:
+  if image.array.shape[:3] != label.array.shape:
     raise CaseError(f"image has shape {image.array.shape}, label {label.array.shape}")
   image_affine, label_affine = _comparable_affines(image, label)
-  corners = np.stack(np.meshgrid(*([0, size - 1] for size in image.array.shape), [1], indexing="ij")).reshape(4, 8)
+  corners = np.stack(np.meshgrid(*([0, size - 1] for size in label.array.shape), [1], indexing="ij")).reshape(4, 8)
   apart = np.abs(np.linalg.solve(image_affine, label_affine @ corners) - corners)[:3].max(axis=1)
   if apart.max() > AFFINE_TOLERANCE:
     raise CaseError(f"image and label lie apart: their affines differ by {_numbers(apart)} voxels along (x, y, z)")
@@ -343,18 +383,18 @@ def _comparable_affines(image: RawVolume, label: RawVolume) -> tuple[np.ndarray,
   return image.affine, label.affine
 
 
-def checked_labels(array: np.ndarray, num_classes: int) -> np.ndarray:
-  """Checks a label volume and stores it as class ids.
+def checked_labels(array: np.ndarray, rule: LabelRule) -> np.ndarray:
+  """Checks a label array and turns its values into class ids.
 
   Args:
-    array: (x, y, z) label values, of any real type; floats that hold integers are accepted.
-    num_classes: number of classes, background included; valid ids are 0 .. num_classes - 1.
+    array: label values, of any shape and real type; floats that hold integers are accepted.
+    rule: which values there may be and what they mean.
 
   Returns:
-    (x, y, z) uint8.
+    uint8 of the same shape.
 
   Raises:
-    CaseError: values that are no integers or no class ids; they are named with their numbers of voxels.
+    CaseError: values that are no integers or that the rule does not know; they are named with their numbers of voxels.
   """
   if array.dtype.kind == "f":
     rounded = np.rint(array)
@@ -362,13 +402,17 @@ def checked_labels(array: np.ndarray, num_classes: int) -> np.ndarray:
     if fractional.any():
       raise CaseError(f"labels are not integers: {_value_counts(array[fractional])}; an image or probabilities?")
     array = rounded
-  if array.min() < 0 or array.max() >= num_classes:
-    strange = array[(array < 0) | (array >= num_classes)]
-    raise CaseError(
-      f"labels outside the {num_classes} classes 0..{num_classes - 1}: {_value_counts(strange)}; "
-      "the wrong label set, or the wrong --num_classes or --class_names?"
-    )
-  return array.astype(np.uint8)
+  known = math.inf if rule.instances else len(rule.table or range(rule.num_classes))
+  if array.min() < 0 or array.max() >= known:
+    strange = array[(array < 0) | (array >= known)]
+    what = "negative labels" if rule.instances else f"labels outside the {known} classes 0..{known - 1}"
+    raise CaseError(f"{what}: {_value_counts(strange)}; {rule.hint}")
+  if rule.must_exceed is not None and array.max() <= rule.must_exceed:
+    raise CaseError(f"no label is above {rule.must_exceed}; {rule.hint}")
+  if rule.instances:
+    return (array > 0).astype(np.uint8)
+  array = array.astype(np.uint8)
+  return array if rule.table is None else np.asarray(rule.table, np.uint8)[array]
 
 
 def _value_counts(values: np.ndarray) -> str:
@@ -382,13 +426,18 @@ def apply_intensity(array: np.ndarray, intensity: Intensity) -> np.ndarray:
   """Maps raw intensities to network inputs.
 
   Args:
-    array: raw values of one whole volume, any shape and real type; not constant.
-    intensity: "window": clip to [low, high], then (x - low) / (high - low); "minmax": the same with the volume's own
-      extremes; "zscore": (x - mean) / deviation of the volume.
+    array: raw values of one channel of a whole case, any shape and real type; not constant.
+    intensity: "window": clip to [low, high], then (x - low) / (high - low); "minmax": the same with the array's own
+      extremes; "zscore": (x - mean) / deviation of the array; "byte": x / 255.
 
   Returns:
     A new float32 array of the same shape, C-contiguous.
+
+  Raises:
+    CaseError: "byte" for values that are not 8-bit.
   """
+  if intensity.kind == "byte":
+    return _bytes_to_unit(array)
   output = array.astype(np.float32, order="C")
   if intensity.kind == "zscore":
     mean, deviation = float(array.mean(dtype=np.float64)), float(array.std(dtype=np.float64))
@@ -407,16 +456,27 @@ def apply_intensity(array: np.ndarray, intensity: Intensity) -> np.ndarray:
   return output
 
 
+def _bytes_to_unit(array: np.ndarray) -> np.ndarray:
+  if array.dtype != np.uint8:
+    low, high = array.min(), array.max()
+    if low < 0 or high > 255 or (array.dtype.kind == "f" and (array != np.rint(array)).any()):
+      raise CaseError(
+        f"holds values from {low:g} to {high:g}, not the integers 0 to 255 of 8-bit colours; "
+        "say how to map them: --normalize=minmax, --normalize=zscore or --window LO HI"
+      )
+  return array.astype(np.float32, order="C") / np.float32(255)
+
+
 def encode(network_input: np.ndarray, kind: str) -> tuple[np.ndarray, str, float]:
   """Packs network inputs for storage.
 
   Args:
-    network_input: float32, first axis slices; in [0, 1] for "window" and "minmax".
+    network_input: float32, first axis slices; in [0, 1] for all kinds but "zscore".
     kind: the kind of intensity.
 
   Returns:
     (stored array of the same shape, its dtype's name, scale): stored * scale is the network input, to 1e-5 for "window"
-    and "minmax" and exactly for "zscore".
+    and "minmax", to 1e-7 for "byte" and exactly for "zscore".
   """
   dtype, scale = STORED_FORMATS[kind]
   if dtype == "float32":

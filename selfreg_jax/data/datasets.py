@@ -1,6 +1,7 @@
 """What each dataset is: which files make a case, and the names of the classes.
 
-Nothing here opens an image. Faults of single files (a label without its image, a case found twice) are collected in
+Folders of one's own are here; the four published datasets have modules of their own that say the same of them. Nothing
+here opens an image. Faults of single files (a label without its image, a case found twice) are collected in
 `RawDataset.faults`, so that they can be reported together with what reading the files brings up; a mistake in the
 request or in `dataset.json` is a UserError at once.
 """
@@ -8,36 +9,39 @@ request or in `dataset.json` is a UserError at once.
 import dataclasses
 import itertools
 import json
+import os
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from selfreg_jax.data import images
+from selfreg_jax.data.cases import LabelRule
+from selfreg_jax.data.readers import ImageCase, NiftiCase, Reader
 from selfreg_jax.errors import UserError
 
-DATASETS = ("msd", "phantom")
+DATASETS = ("synapse", "acdc", "glas", "monuseg", "msd", "phantom")
 BACKGROUND = "background"
 MAX_CLASSES = 256  # labels are stored as uint8
 
 _EXTENSIONS = (".nii.gz", ".nii")
 _CHANNEL_SUFFIX = re.compile(r"(.+)_(\d{4})")  # nnU-Net's case_0000.nii.gz is channel 0 of case
 _DESCRIPTION = "dataset.json"
+_DEEPEST = 5  # folders between --source and the files of an archive that was unpacked with all its own folders
 
 
 @dataclasses.dataclass(frozen=True)
-class Pair:
-  """The two files of a case.
+class RawCase:
+  """The files of a case.
 
   Attributes:
     id: name of the case, unique in the dataset and usable as a file name.
-    image: the image's file.
-    label: the label's file.
-    group: what the case shares with others that no split may part it from (the patient); None where nothing is known.
+    reader: the files, and how they are read.
+    group: what must not be parted by a split (the patient); None where nothing is known.
   """
 
   id: str
-  image: pathlib.Path
-  label: pathlib.Path
+  reader: Reader
   group: str | None = None
 
 
@@ -46,27 +50,51 @@ class RawDataset:
   """What a source folder holds.
 
   Attributes:
-    pairs: the complete cases, by id.
+    cases: the complete cases, by id.
     classes: class names by id; the first is the background.
+    labels: what the values of label files mean.
     ids: the ids of all cases, those in `faults` included.
-    test_ids: ids of the cases that the folder itself marks as test cases.
+    val_ids: ids of the cases that the folder itself marks as validation cases.
+    test_ids: ids of the cases that the folder itself, or the published split, marks as test cases.
     faults: one line for each case whose files do not pair.
     notes: what is left out on purpose, for the user to know.
+    kind: "volume" or "image".
+    unit: of the spacings: "mm", "voxel" or "pixel".
+    orientation: "ras" or "stored" where the request does not say.
+    packed: whether intensities and orientation were settled by whoever made the files.
+    channels: of every image; None where only the images tell.
+    val_fraction: share of the training cases to draw for validation where the request does not say.
+    test_fraction: share of the cases to draw for testing, likewise.
   """
 
-  pairs: tuple[Pair, ...]
+  cases: tuple[RawCase, ...]
   classes: tuple[str, ...]
+  labels: LabelRule
   ids: tuple[str, ...]
+  val_ids: tuple[str, ...] = ()
   test_ids: tuple[str, ...] = ()
   faults: tuple[str, ...] = ()
   notes: tuple[str, ...] = ()
+  kind: str = "volume"
+  unit: str = "mm"
+  orientation: str = "ras"
+  packed: bool = False
+  channels: int | None = None
+  val_fraction: float = 0.2
+  test_fraction: float = 0.0
+
+  @property
+  def groups(self) -> dict[str, str]:
+    """The group of each id; where nothing is known of a case, it is its own."""
+    return {case_id: case_id for case_id in self.ids} | {case.id: case.group or case.id for case in self.cases}
 
 
 def find_msd(source: pathlib.Path, classes: tuple[str, ...] | None = None) -> RawDataset:
   """Finds the cases of a folder laid out like the Medical Segmentation Decathlon or like nnU-Net's raw datasets.
 
   `imagesTr` and `labelsTr` hold the cases to train on; where `labelsTs` is present, `imagesTs` and `labelsTs` hold test
-  cases. Image names may carry nnU-Net's channel suffix `_0000`.
+  cases. Image names may carry nnU-Net's channel suffixes `_0000`, `_0001`; the Decathlon's images of several channels
+  have a fourth axis instead.
 
   Args:
     source: the folder that holds `dataset.json`.
@@ -76,7 +104,7 @@ def find_msd(source: pathlib.Path, classes: tuple[str, ...] | None = None) -> Ra
     The dataset.
 
   Raises:
-    UserError: the folder is not laid out that way, is empty, has several channels or labels of a kind not supported.
+    UserError: the folder is not laid out that way, is empty, or has labels of a kind not supported.
   """
   path = source / _DESCRIPTION
   if not path.is_file():
@@ -85,15 +113,13 @@ def find_msd(source: pathlib.Path, classes: tuple[str, ...] | None = None) -> Ra
       "files are named with --image_glob, --label_glob and --num_classes (or --class_names)"
     )
   description = read_json(path)
-  channels = description.get("channel_names", description.get("modality", {}))
-  if len(channels) > 1:
-    raise UserError(f"{path}: {len(channels)} channels ({listed(map(str, channels.values()))}); only one is supported")
+  channels = description.get("channel_names", description.get("modality")) or {"0": ""}
   classes = classes or parse_labels(description.get("labels"), path)
   training = _find_folder_pair(source, "imagesTr", "labelsTr")
-  test = _find_folder_pair(source, "imagesTs", "labelsTs") if (source / "labelsTs").is_dir() else _Found()
+  test = _find_folder_pair(source, "imagesTs", "labelsTs") if (source / "labelsTs").is_dir() else Found()
   test_ids = tuple(case_id for case_id in test.ids if case_id not in test.unlabelled)
   notes = [f"imagesTs: {len(test.unlabelled)} image(s) without a label are left out"] if test.unlabelled else []
-  if not (source / "labelsTs").is_dir() and (unlabelled := _nifti_files(source / "imagesTs")):
+  if not (source / "labelsTs").is_dir() and (unlabelled := nifti_files(source / "imagesTs")):
     notes.append(f"imagesTs: {len(unlabelled)} image(s) are left out, there is no labelsTs")
   twice = sorted(set(training.ids) & set(test_ids))
   faults = [
@@ -102,11 +128,32 @@ def find_msd(source: pathlib.Path, classes: tuple[str, ...] | None = None) -> Ra
     *test.faults,
   ]
   faults += [f"{case_id}: in imagesTr and in imagesTs; a case belongs to one split" for case_id in twice]
-  pairs = [pair for pair in (*training.pairs, *test.pairs) if pair.id not in twice]
+  found = [case for case in (*training.cases, *test.cases) if case.id not in twice]
   ids = sorted({*training.ids, *test_ids})
   if not ids:
     raise UserError(f"{source}: no .nii or .nii.gz file in imagesTr or labelsTr")
-  return RawDataset(tuple(pairs), classes, tuple(ids), test_ids, tuple(faults), tuple(notes))
+  return RawDataset(
+    tuple(found),
+    classes,
+    LabelRule(len(classes)),
+    tuple(ids),
+    test_ids=test_ids,
+    faults=tuple(faults),
+    notes=tuple(notes),
+    channels=len(channels),
+  )
+
+
+def names_images(image_glob: str) -> bool:
+  """Whether patterns ask for 2-D images (PNG, BMP, TIFF) rather than volumes, by their endings; UserError for both."""
+  answers = {pattern.lower().endswith(images.EXTENSIONS) for pattern in _patterns(image_glob)}
+  if len(answers) > 1:
+    raise UserError(f"--image_glob={image_glob}: the channels of a case are volumes or images, not both")
+  return answers.pop()
+
+
+def _patterns(image_glob: str) -> list[str]:
+  return [pattern.strip() for pattern in image_glob.split(",")]
 
 
 def find_by_globs(
@@ -115,12 +162,13 @@ def find_by_globs(
   """Finds cases by the names of their files: the text that `*` matches is the case's id, and equal ids pair.
 
   Several stars are joined by "_" and path separators in a match become "_", so that `*/image_*.nii.gz` makes
-  `train/image_A.nii.gz` the case `train_A`. A file that both patterns match belongs to the one with more literal text
-  (`*.nii.gz` and `*_seg.nii.gz` tell images from labels). Files whose name begins with a dot are ignored.
+  `train/image_A.nii.gz` the case `train_A`. A file that several patterns match belongs to the one with the most literal
+  text (`*.nii.gz` and `*_seg.nii.gz` tell images from labels). Files whose name begins with a dot are ignored.
 
   Args:
     source: the folder below which to look.
-    image_glob: pattern of the images, relative to `source`; `**` stands for any folders.
+    image_glob: pattern of the images, relative to `source`; `**` stands for any folders. Several patterns, separated by
+      commas, are channels. Their endings tell NIfTI volumes from PNG, BMP and TIFF images.
     label_glob: pattern of the labels.
     classes: class names by id; None takes them from `source/dataset.json`.
 
@@ -130,12 +178,11 @@ def find_by_globs(
   Raises:
     UserError: a pattern is unusable or matches nothing, or the class names are not known.
   """
-  images, labels = _glob(source, image_glob, "--image_glob"), _glob(source, label_glob, "--label_glob")
-  images_give_way = _literals(label_glob) >= _literals(image_glob)
-  for path in images.keys() & labels.keys():
-    del (images if images_give_way else labels)[path]
-  for matches, flag, pattern in ((images, "--image_glob", image_glob), (labels, "--label_glob", label_glob)):
-    if not matches:
+  two_dimensional = names_images(image_glob)
+  patterns = [*(("--image_glob", pattern) for pattern in _patterns(image_glob)), ("--label_glob", label_glob)]
+  matches = _each_file_once([_glob(source, pattern, flag) for flag, pattern in patterns], [p for _, p in patterns])
+  for (flag, pattern), matching in zip(patterns, matches, strict=True):
+    if not matching:
       raise UserError(f"{source}: no file matches {flag}={pattern}")
   if classes is None:
     description = source / _DESCRIPTION
@@ -145,81 +192,165 @@ def find_by_globs(
         f"--num_classes=N (with it); {source} has no {_DESCRIPTION}"
       )
     classes = parse_labels(read_json(description).get("labels"), description)
-  found = _pair_up(source, _by_id(images), _by_id(labels))
+  *by_channel, labels = map(by_id, matches)
+  found = pair_up(source, by_channel, labels, ImageCase if two_dimensional else NiftiCase)
   faults = [*found.faults, *(f"{name}: image without a label" for name in found.unlabelled.values())]
-  return RawDataset(found.pairs, classes, found.ids, (), tuple(faults))
+  what = {"kind": "image", "unit": "pixel", "orientation": "stored"} if two_dimensional else {}
+  return RawDataset(found.cases, classes, LabelRule(len(classes)), found.ids, faults=tuple(faults), **what)
+
+
+def _each_file_once(
+  matches: Sequence[dict[pathlib.Path, str]], patterns: Sequence[str]
+) -> list[dict[pathlib.Path, str]]:
+  """Leaves a file that several patterns match to the one with the most literal text, the last of those."""
+  ranks = [(len(re.sub(r"[*?]", "", pattern)), index) for index, pattern in enumerate(patterns)]
+  owner: dict[pathlib.Path, tuple[int, int]] = {}
+  for rank, matching in zip(ranks, matches, strict=True):
+    for path in matching:
+      owner[path] = max(rank, owner.get(path, rank))
+  return [
+    {path: case_id for path, case_id in matching.items() if owner[path] == rank}
+    for rank, matching in zip(ranks, matches, strict=True)
+  ]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Found:
+class Found:
   """Cases of one pair of folders or patterns; `unlabelled` has images without labels by id, `ids` holds theirs too."""
 
-  pairs: tuple[Pair, ...] = ()
+  cases: tuple[RawCase, ...] = ()
   ids: tuple[str, ...] = ()
   faults: tuple[str, ...] = ()
   unlabelled: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def _pair_up(
-  source: pathlib.Path, images: dict[str, list[pathlib.Path]], labels: dict[str, list[pathlib.Path]]
-) -> _Found:
-  pairs, faults, unlabelled = [], [], {}
-  ids = sorted({*images, *labels})
+def pair_up(
+  source: pathlib.Path,
+  channels: Sequence[Mapping[str, list[pathlib.Path]]],
+  labels: Mapping[str, list[pathlib.Path]],
+  reader: type[ImageCase] | type[NiftiCase],
+) -> Found:
+  """Puts images and labels of equal ids together; what does not come as one label and one image a channel is a fault.
+
+  Args:
+    source: folder to which file names in messages are relative.
+    channels: the image files by case id, for each channel.
+    labels: the label files by case id.
+    reader: what reads such a case.
+
+  Returns:
+    The cases and the faults.
+  """
+  found, faults, unlabelled = [], [], {}
+  ids = sorted({*labels, *itertools.chain.from_iterable(channels)})
   for case_id in ids:
-    image_files, label_files = images.get(case_id, []), labels.get(case_id, [])
+    images_by_channel, label_files = [files.get(case_id, []) for files in channels], labels.get(case_id, [])
+    image_files = list(itertools.chain.from_iterable(images_by_channel))
     if not case_id:
       faults += [f"{relative(path, source)}: the * matches nothing here" for path in (*image_files, *label_files)]
       continue
     faults += [
       f"{listed(relative(path, source) for path in files)}: {len(files)} {what}s of one case, {case_id!r}"
-      for files, what in ((image_files, "image"), (label_files, "label"))
+      for files, what in (*((files, "image") for files in images_by_channel), (label_files, "label"))
       if len(files) > 1
     ]
     if not label_files:
       unlabelled[case_id] = relative(image_files[0], source)
     elif not image_files:
       faults += [f"{relative(path, source)}: label without an image (case {case_id!r})" for path in label_files]
-    elif len(image_files) == len(label_files) == 1:
-      pairs.append(Pair(case_id, image_files[0], label_files[0]))
-  return _Found(tuple(pairs), tuple(ids), tuple(faults), unlabelled)
+    elif missing := [index for index, files in enumerate(images_by_channel) if not files]:
+      names = listed(relative(path, source) for path in image_files)
+      faults.append(f"{names}: channel(s) {listed(map(str, missing))} of case {case_id!r} are missing")
+    elif len(label_files) == 1 and all(len(files) == 1 for files in images_by_channel):
+      found.append(RawCase(case_id, reader(tuple(image_files), label_files[0])))
+  return Found(tuple(found), tuple(ids), tuple(faults), unlabelled)
 
 
-def _find_folder_pair(source: pathlib.Path, image_folder: str, label_folder: str) -> _Found:
-  labels = _by_id({path: _stem(path) for path in _nifti_files(source / label_folder)})
-  stems = {path: _stem(path) for path in _nifti_files(source / image_folder)}
-  bases = {path: _without_channel(stem, labels) for path, stem in stems.items()}
-  channels = sorted({stems[path].rsplit("_", 1)[1] for path, base in bases.items() if base != stems[path]} - {"0000"})
-  if channels:
-    raise UserError(
-      f"{source / image_folder}: images of several channels (_{channels[0]} beside _0000); only one is supported: "
-      "keep the files of one channel, named _0000"
-    )
-  return _pair_up(source, _by_id(bases), labels)
+def _find_folder_pair(source: pathlib.Path, image_folder: str, label_folder: str) -> Found:
+  labels = by_id({path: nifti_stem(path) for path in nifti_files(source / label_folder)})
+  channels: dict[int, dict[pathlib.Path, str]] = {0: {}}
+  for path in nifti_files(source / image_folder):
+    channel, base = _split_channel(nifti_stem(path), labels)
+    channels.setdefault(channel, {})[path] = base
+  by_channel = [by_id(channels.get(channel, {})) for channel in range(max(channels) + 1)]
+  return pair_up(source, by_channel, labels, NiftiCase)
 
 
-def _without_channel(stem: str, labels: dict[str, Any]) -> str:
-  """`case_0000` -> `case` where that is a label's name; a case may itself be called `scan_0001`."""
+def _split_channel(stem: str, labels: Mapping[str, Any]) -> tuple[int, str]:
+  """`case_0001` -> 1, `case` where that is a label's name; a case may itself be called `scan_0001`."""
   match = _CHANNEL_SUFFIX.fullmatch(stem)
-  return match[1] if match and stem not in labels and match[1] in labels else stem
+  return (int(match[2]), match[1]) if match and stem not in labels and match[1] in labels else (0, stem)
 
 
-def _nifti_files(folder: pathlib.Path) -> list[pathlib.Path]:
+def nifti_files(folder: pathlib.Path) -> list[pathlib.Path]:
   """Entries named .nii or .nii.gz, folders so named included (reading reports them), without macOS's `._*` files."""
   entries = sorted(folder.iterdir()) if folder.is_dir() else []
   return [path for path in entries if path.name.endswith(_EXTENSIONS) and not path.name.startswith(".")]
 
 
-def _stem(path: pathlib.Path) -> str:
+def nifti_stem(path: pathlib.Path) -> str:
+  """The name without .nii or .nii.gz."""
   return path.name.removesuffix(".gz").removesuffix(".nii")
 
 
-def _by_id(ids: dict[pathlib.Path, str]) -> dict[str, list[pathlib.Path]]:
+def by_id(ids: Mapping[pathlib.Path, str]) -> dict[str, list[pathlib.Path]]:
+  """Files by the id that each was given, both sorted."""
   return {
     case_id: [path for _, path in group]
     for case_id, group in itertools.groupby(
       sorted((case_id, path) for path, case_id in ids.items()), key=lambda item: item[0]
     )
   }
+
+
+def folders_below(source: pathlib.Path) -> list[pathlib.Path]:
+  """The source folder and those below it, as deep as archives unpack, sorted; hidden ones and macOS's are left out."""
+  found = []
+  for path, folders, _ in os.walk(source, followlinks=True):
+    folder = pathlib.Path(path)
+    found.append(folder)
+    deepest = len(folder.relative_to(source).parts) >= _DEEPEST
+    folders[:] = [] if deepest else sorted(name for name in folders if not name.startswith((".", "__")))
+  return found
+
+
+def numbered(
+  source: pathlib.Path, folder: pathlib.Path, ending: str, *patterns: re.Pattern[str]
+) -> tuple[list[dict[tuple[str, ...], tuple[pathlib.Path, ...]]], list[str]]:
+  """Sorts the files of a pack's folder by what their names say.
+
+  Args:
+    source: folder to which file names in messages are relative.
+    folder: holds the files; may be missing.
+    ending: of the files that must match one of the patterns.
+    patterns: of names. The group "slice" is the number of a slice, the others name the case.
+
+  Returns:
+    For each pattern the files of each case, in the order of their numbers; and the faults: files of other names, and
+    cases that lack a slice or have one twice.
+  """
+  found = [{} for _ in patterns]
+  faults = []
+  for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+    if path.name.startswith(".") or not path.name.endswith(ending):
+      continue
+    matches = [pattern.fullmatch(path.name) for pattern in patterns]
+    if not any(matches):
+      faults.append(f"{relative(path, source)}: is not named as the files of the pack are")
+    for match, by_case in zip(matches, found, strict=True):
+      if match:
+        parts = match.groupdict()
+        number = int(parts.pop("slice", 0))
+        by_case.setdefault(tuple(parts.values()), []).append((number, path))
+  for case, files in itertools.chain.from_iterable(by_case.items() for by_case in found):
+    files.sort()
+    numbers = [number for number, _ in files]
+    name = f"{relative(folder, source)}: case {' '.join(case)}"
+    if missing := sorted({*range(numbers[-1])} - {*numbers}):
+      faults.append(f"{name}: slice(s) {listed(map(str, missing))} of {numbers[-1] + 1} are missing")
+    if len({*numbers}) < len(numbers):
+      faults.append(f"{name}: a slice is there twice ({listed(path.name for _, path in files)})")
+  return [{case: tuple(path for _, path in files) for case, files in by_case.items()} for by_case in found], faults
 
 
 def _glob(source: pathlib.Path, pattern: str, flag: str) -> dict[pathlib.Path, str]:
@@ -246,10 +377,6 @@ def _glob_regex(pattern: str) -> str:
   return "".join(
     meaning.get(piece) or (piece.replace("[!", "[^") if piece.startswith("[") else re.escape(piece)) for piece in pieces
   )
-
-
-def _literals(pattern: str) -> int:
-  return len(re.sub(r"[*?]", "", pattern))
 
 
 def relative(path: pathlib.Path, source: pathlib.Path) -> str:

@@ -63,7 +63,7 @@ class Case:
     header: the image file's NIfTI header as it stood (base64): class maps are written back under it; None where the
       source is no NIfTI file.
     group: what must not be parted by a split (the patient); the case's own id where nothing is known.
-    sources: {"image": file or files, "label": file}, relative to the source folder where they lie below it.
+    sources: {"image": file or files, "label": file or files}, relative to the source folder where they lie below it.
     checksums: {"image": crc32, "label": crc32} of the array files, as eight hexadecimal digits.
     class_voxels: voxels of each class id, background included.
     foreground_slices: indices of the slices that hold any class besides background.

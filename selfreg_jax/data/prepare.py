@@ -1,13 +1,25 @@
 """Turns raw medical images into a prepared dataset, once, checking everything that can be wrong with them.
 
+    python -m selfreg_jax.data.prepare --dataset=synapse --source=RawData --output=data/synapse
     python -m selfreg_jax.data.prepare --dataset=msd --source=Task09_Spleen --output=data/spleen --window -125 275
     python -m selfreg_jax.data.prepare --dataset=phantom --output=data/phantom
     python -m selfreg_jax.data.prepare --check --output=data/spleen
     python -m selfreg_jax.data.prepare --check --dataset=msd --source=Task09_Spleen --window -125 275
 
+What lies in --source (or in a folder below it; docs/datasets.md shows the trees in full):
+
+    synapse   img/img0001.nii.gz, label/label0001.nii.gz; or train_npz/case0005_slice000.npz and
+              test_vol_h5/case0001.npy.h5
+    acdc      patient001/Info.cfg, patient001_frame01.nii.gz, patient001_frame01_gt.nii.gz; or folders train, valid,
+              test of case_001_sliceED_0.npz or case_002_volume_ED.npz
+    glas      train_1.bmp, train_1_anno.bmp, testA_1.bmp, ..., Grade.csv; or Train_Folder/img, Train_Folder/labelcol
+    monuseg   Tissue Images/*.tif, Annotations/*.xml; or Train_Folder/img, Train_Folder/labelcol
+    msd       dataset.json, imagesTr, labelsTr; or whatever --image_glob and --label_glob say (NIfTI, PNG, BMP, TIFF)
+    phantom   nothing: made-up CT volumes
+
 The arrays are written into a staging folder inside the output folder; when all cases have passed, it is renamed and the
 manifest is written last. Until then an older dataset in the same place stays as it is, and whatever stops the command
-leaves nothing that could be taken for a prepared dataset. NumPy, nibabel and rich only: no worker pays for JAX.
+leaves nothing that could be taken for a prepared dataset. No worker pays for JAX, and only packs in HDF5 pay for h5py.
 """
 
 import argparse
@@ -27,20 +39,23 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import rich.console
 import rich.progress
 
-from selfreg_jax.data import cases, check, check_page, datasets, manifest, splits
+from selfreg_jax.data import acdc, cases, check, check_page, datasets, histology, manifest, splits, synapse
+from selfreg_jax.data.datasets import RawCase, RawDataset
 from selfreg_jax.data.manifest import Case, Intensity, Manifest
+from selfreg_jax.data.published import PUBLISHED
+from selfreg_jax.data.readers import CaseFaultsError, Content, Reading
 from selfreg_jax.errors import EXIT_FAULT, UserError, run_command
 
 CT_WINDOW = (-125.0, 275.0)  # HU; the authors' for Synapse
-DEFAULT_VAL_FRACTION = 0.2
 DEFAULT_PAGE = "dataset_check.html"
+NORMALIZATIONS = ("minmax", "zscore", "byte")
 
 _ARRAYS = "cases"
 _STAGING = "cases.partial"
@@ -55,22 +70,25 @@ class PrepareOptions:
   """What the command was asked for; the fields are its flags.
 
   Attributes:
-    dataset: "msd" or "phantom".
+    dataset: one of `datasets.DATASETS`.
     output: folder of the prepared dataset.
     source: folder of the raw files; for "phantom" where to write them (None: `output`/raw).
-    image_glob: pattern of the images relative to `source`; None: the layout of the Medical Segmentation Decathlon.
+    image_glob: pattern of the images relative to `source`, several (channels) separated by commas; None: the layout of
+      the Medical Segmentation Decathlon.
     label_glob: pattern of the labels; goes with `image_glob`.
     num_classes: number of classes, background included.
     class_names: names of the foreground classes.
+    labels: organs in the label files of "synapse", 13 or 8; None: 13, and files that look like 8 are refused.
     val_cases: ids or shell patterns of the validation cases; None: drawn.
     test_cases: ids or shell patterns of test cases.
-    val_fraction: share of the training cases (of their groups, see `Case.group`) drawn for validation; None: 0.2.
-    test_fraction: share of the cases, likewise, drawn for testing; None: 0.
+    val_fraction: share of the training cases (of their groups, see `Case.group`) drawn for validation; None: the
+      dataset's, mostly 0.2.
+    test_fraction: share of the cases, likewise, drawn for testing; None: the dataset's, mostly 0.
     splits: JSON file {"train": [ids], "val": [ids], "test": [ids]}, instead of the four above.
     folds: folds of a cross-validation over all cases that are not for testing, instead of a validation split.
     window: (low, high) in the file's units, mapped to [0, 1].
-    normalize: "minmax" or "zscore" instead of a window.
-    orientation: "ras" or "stored".
+    normalize: "minmax", "zscore" or "byte" instead of a window.
+    orientation: "ras" or "stored"; None: the published one, "ras" for volumes of one's own.
     axis: axis, after orientation, along which slices are cut.
     seed: of the drawn splits, of the folds and of the phantoms.
     workers: processes; None: one for each CPU that this process may use.
@@ -86,6 +104,7 @@ class PrepareOptions:
   label_glob: str | None = None
   num_classes: int | None = None
   class_names: Sequence[str] | None = None
+  labels: int | None = None
   val_cases: Sequence[str] | None = None
   test_cases: Sequence[str] | None = None
   val_fraction: float | None = None
@@ -94,7 +113,7 @@ class PrepareOptions:
   folds: int | None = None
   window: tuple[float, float] | None = None
   normalize: str | None = None
-  orientation: str = "ras"
+  orientation: str | None = None
   axis: int = 2
   seed: int = 0
   workers: int | None = None
@@ -108,22 +127,20 @@ class Job:
   """One case to convert, with all that a worker process needs.
 
   Attributes:
-    pair: the case's files.
+    case: the case's files.
     source: folder to which file names in messages and in the manifest are relative.
     staging: folder for the two arrays.
-    num_classes: number of classes, background included.
+    reading: how the files are to be read.
     intensity: how raw values become network inputs.
-    orientation: "ras" or "stored".
-    axis: axis, after orientation, along which slices are cut.
+    channels: that the image must have; None: any number.
   """
 
-  pair: datasets.Pair
+  case: RawCase
   source: pathlib.Path
   staging: pathlib.Path
-  num_classes: int
+  reading: Reading
   intensity: Intensity
-  orientation: str
-  axis: int
+  channels: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,30 +181,34 @@ def prepare(options: PrepareOptions) -> Manifest:
 def _prepare_into(output: pathlib.Path, intensity: Intensity, options: PrepareOptions) -> Manifest:
   source = _write_phantoms(output, options) if options.dataset == "phantom" else pathlib.Path(options.source)
   raw = _find(source, options)
-  groups = {pair.id: pair.group or pair.id for pair in raw.pairs}
-  dealt = _splits(raw, groups, options)
-  folds = () if options.folds is None else splits.choose_folds(dealt["train"], groups, options.folds, options.seed)
-  _check_space(output, raw.pairs, intensity)
+  if not raw.ids and not raw.faults:
+    raise UserError(f"{source}: holds no case; docs/datasets.md shows how files must be named")
+  _check_fits_files(raw, options)
+  reading = Reading(raw.labels, options.orientation or raw.orientation, options.axis)
+  dealt = _splits(raw, options)
+  folds = ()
+  if options.folds is not None:
+    folds = splits.choose_folds(dealt["train"], raw.groups, options.folds, options.seed)
+  _check_space(output, raw.cases, intensity)
   staging = output / _STAGING
   shutil.rmtree(staging, ignore_errors=True)  # what an interrupted run has left
   staging.mkdir()
   try:
-    jobs = [
-      Job(pair, source, staging, len(raw.classes), intensity, options.orientation, options.axis) for pair in raw.pairs
-    ]
+    jobs = [Job(case, source, staging, reading, intensity, raw.channels) for case in raw.cases]
     outcomes = _convert_all(jobs, options.workers)
-    _raise_faults(source, [*raw.faults, *(fault for outcome in outcomes for fault in outcome.faults)])
+    faults = [*raw.faults, *(fault for outcome in outcomes for fault in outcome.faults)]
+    _raise_faults(source, faults or _channel_faults(outcomes))
     dtype, scale = cases.STORED_FORMATS[intensity.kind]
     made = Manifest(
       dataset=options.dataset,
-      kind="volume",
-      unit="mm",
+      kind=raw.kind,
+      unit=raw.unit,
       classes=raw.classes,
-      channels=1,
+      channels=outcomes[0].case.shape[3],
       intensity=intensity,
       dtype=dtype,
       scale=scale,
-      orientation=options.orientation,
+      orientation=reading.orientation,
       axis=options.axis,
       splits=dealt,
       folds=folds,
@@ -197,7 +218,7 @@ def _prepare_into(output: pathlib.Path, intensity: Intensity, options: PrepareOp
     _install(made, output)
   finally:
     shutil.rmtree(staging, ignore_errors=True)
-  notes = [*raw.notes, *splits.notes_on_test(dealt, groups), *_notes_on_folds(raw, made)]
+  notes = [*raw.notes, *splits.notes_on_test(dealt, raw.groups), *_notes_on_folds(raw, made)]
   for warning in (*notes, *(line for outcome in outcomes for line in outcome.warnings), *_odd(made)):
     print(f"warning: {warning}", file=sys.stderr, flush=True)
   return made
@@ -217,25 +238,43 @@ def _checked_intensity(options: PrepareOptions) -> Intensity:
   if options.dataset not in datasets.DATASETS:
     raise UserError(f"--dataset={options.dataset}: known are {', '.join(datasets.DATASETS)}")
   phantom = options.dataset == "phantom"
-  strange = (
-    ("image_glob", "label_glob", "num_classes", "class_names")
-    if phantom
-    else ("phantom_train_cases", "phantom_test_cases")
-  )
+  only_for = {
+    "image_glob": ("msd",),
+    "label_glob": ("msd",),
+    "num_classes": ("msd",),
+    "class_names": ("msd",),
+    "labels": ("synapse",),
+    "phantom_train_cases": ("phantom",),
+    "phantom_test_cases": ("phantom",),
+  }
+  strange = [name for name, owners in only_for.items() if options.dataset not in owners]
   if given := [f"--{name}" for name in strange if getattr(options, name) is not None]:
     raise UserError(f"{', '.join(given)} cannot be used with --dataset={options.dataset}")
   if options.source is None and not phantom:
     raise UserError(f"--dataset={options.dataset} needs --source, the folder of the raw files")
   if (options.image_glob is None) != (options.label_glob is None):
     raise UserError("--image_glob and --label_glob go together; give both or none")
-  if options.orientation not in cases.ORIENTATIONS or options.axis not in range(3):
+  if options.labels not in (None, 8, 13):
+    raise UserError(f"--labels={options.labels}: label files hold the 13 organs of BTCV or the pack's 8")
+  if options.orientation not in (None, *cases.ORIENTATIONS) or options.axis not in range(3):
     raise UserError(f"--orientation={options.orientation} --axis={options.axis}: it is ras or stored, and 0, 1 or 2")
   if options.seed < 0:
     raise UserError(f"--seed={options.seed}: seeds are not negative")
   if options.workers is not None and options.workers < 1:
     raise UserError(f"--workers={options.workers}: at least one is needed")
   _check_split_options(options)
-  return _intensity(options.window, options.normalize, CT_WINDOW if phantom else None)
+  return _intensity(options.window, options.normalize, _default_intensity(options))
+
+
+def _default_intensity(options: PrepareOptions) -> Intensity | None:
+  """How intensities are mapped where the request does not say; None where there is no good guess."""
+  if options.dataset in PUBLISHED:
+    return PUBLISHED[options.dataset].intensity
+  if options.dataset == "phantom":
+    return Intensity("window", *CT_WINDOW)
+  if options.image_glob is not None and datasets.names_images(options.image_glob):
+    return Intensity("byte")
+  return None
 
 
 def _check_split_options(options: PrepareOptions) -> None:
@@ -257,16 +296,15 @@ def _check_split_options(options: PrepareOptions) -> None:
       raise UserError(f"--{name}={getattr(options, name)}: a share from 0 to below 1 is needed")
 
 
-def _intensity(
-  window: tuple[float, float] | None, normalize: str | None, default_window: tuple[float, float] | None
-) -> Intensity:
+def _intensity(window: tuple[float, float] | None, normalize: str | None, default: Intensity | None) -> Intensity:
   if window is not None and normalize is not None:
     raise UserError("--window and --normalize exclude each other")
   if normalize is not None:
-    if normalize not in ("minmax", "zscore"):
-      raise UserError(f"--normalize={normalize}: it is minmax or zscore")
+    if normalize not in NORMALIZATIONS:
+      raise UserError(f"--normalize={normalize}: it is {', '.join(NORMALIZATIONS[:-1])} or {NORMALIZATIONS[-1]}")
     return Intensity(normalize)
-  window = window or default_window
+  if window is None and default is not None:
+    return default
   if window is None:
     raise UserError(
       "how are intensities to be mapped? CT (HU): --window -125 275 for the abdomen; MR and other arbitrary units: "
@@ -350,42 +388,62 @@ def _remove_phantoms(folder: pathlib.Path) -> None:
   shutil.rmtree(folder)
 
 
-def _find(source: pathlib.Path, options: PrepareOptions) -> datasets.RawDataset:
+def _find(source: pathlib.Path, options: PrepareOptions) -> RawDataset:
   if not source.is_dir():
     raise UserError(f"--source={source}: no such folder")
+  if options.dataset == "synapse":
+    return synapse.find(source, organs=options.labels)
+  published = {"acdc": acdc.find, "glas": histology.find_glas, "monuseg": histology.find_monuseg}
+  if options.dataset in published:
+    return published[options.dataset](source)
   classes = datasets.requested_classes(options.class_names, options.num_classes)
   if options.image_glob is not None:
     return datasets.find_by_globs(source, options.image_glob, options.label_glob, classes)
   return datasets.find_msd(source, classes)
 
 
-def _splits(raw: datasets.RawDataset, groups: Mapping[str, str], options: PrepareOptions) -> dict[str, tuple[str, ...]]:
+def _check_fits_files(raw: RawDataset, options: PrepareOptions) -> None:
+  """Raises UserError where the request asks for what the files that were found cannot give."""
+  what = "images" if raw.kind == "image" else "a pack" if raw.packed else None
+  if what and (options.orientation == "ras" or options.axis != 2):
+    raise UserError(f"--orientation={options.orientation} --axis={options.axis}: {what} can only be taken as stored")
+  if raw.packed and (options.window is not None or options.normalize is not None):
+    raise UserError("--window, --normalize: the intensities of a pack were mapped by whoever made it; leave them out")
+
+
+def _splits(raw: RawDataset, options: PrepareOptions) -> dict[str, tuple[str, ...]]:
   if options.splits is not None:
-    return splits.read_splits(pathlib.Path(options.splits), raw.ids, groups, folder_test_ids=raw.test_ids)
-  val_fraction = DEFAULT_VAL_FRACTION if options.val_fraction is None else options.val_fraction
+    return splits.read_splits(pathlib.Path(options.splits), raw.ids, raw.groups, folder_test_ids=raw.test_ids)
+  val_cases = options.val_cases
+  val_fraction = raw.val_fraction if options.val_fraction is None else options.val_fraction
+  if options.folds is not None:
+    val_fraction = 0.0
+  elif val_cases is None and options.val_fraction is None and raw.val_ids:
+    val_cases = raw.val_ids
   return splits.choose_splits(
     raw.ids,
-    groups,
+    raw.groups,
     folder_test_ids=raw.test_ids,
-    val_cases=options.val_cases,
+    val_cases=val_cases,
     test_cases=options.test_cases,
-    val_fraction=val_fraction if options.folds is None else 0.0,
-    test_fraction=options.test_fraction or 0.0,
+    val_fraction=val_fraction,
+    test_fraction=raw.test_fraction if options.test_fraction is None else options.test_fraction,
     seed=options.seed,
   )
 
 
-def _notes_on_folds(raw: datasets.RawDataset, made: Manifest) -> list[str]:
-  unknown = sum(pair.group is None for pair in raw.pairs)
+def _notes_on_folds(raw: RawDataset, made: Manifest) -> list[str]:
+  unknown = sum(case.group is None for case in raw.cases)
   if not made.folds or not unknown:
     return []
-  which = made.dataset if unknown == len(raw.pairs) else f"{unknown} of {len(raw.pairs)} cases"
-  return [f"no patient is known for {which}: splits are per {'image' if made.kind == 'image' else 'case'}"]
+  which = made.dataset if unknown == len(raw.cases) else f"{unknown} of {len(raw.cases)} cases"
+  return [f"no patient is known for {which}: splits are per {made.kind if made.kind == 'image' else 'case'}"]
 
 
-def _check_space(output: pathlib.Path, pairs: Sequence[datasets.Pair], intensity: Intensity) -> None:
-  voxels = sum(math.prod(cases.peek_shape(pair.image) or ()) for pair in pairs)
-  needed = voxels * (np.dtype(cases.STORED_FORMATS[intensity.kind][0]).itemsize + 1)
+def _check_space(output: pathlib.Path, raw_cases: Sequence[RawCase], intensity: Intensity) -> None:
+  itemsize = np.dtype(cases.STORED_FORMATS[intensity.kind][0]).itemsize
+  sizes = [case.reader.peek_size() for case in raw_cases]
+  needed = sum(voxels * (channels * itemsize + 1) for voxels, channels in sizes)
   free = shutil.disk_usage(output).free
   if needed > free:
     raise UserError(f"{output}: {_bytes(needed)} are needed and {_bytes(free)} are free on that disk")
@@ -408,65 +466,83 @@ def convert_case(job: Job) -> Outcome:
   Raises:
     OSError: the arrays cannot be written.
   """
-  pair, faults = job.pair, []
-  image_name, label_name = (datasets.relative(path, job.source) for path in (pair.image, pair.label))
-  image = label = geometry = None
+  reader = job.case.reader
   try:
-    image = cases.read_nifti(pair.image)
-    geometry = cases.Geometry(image.affine, image.array.shape, job.orientation, job.axis)
-    cases.check_image(image, geometry)
+    content = reader.read(job.reading)
+    stored = _stored(job, content)
+  except CaseFaultsError as error:
+    return Outcome(faults=tuple(f"{_names(paths, job.source)}: {line}" for paths, line in error.faults))
   except cases.CaseError as error:
-    faults.append(f"{image_name}: {error}")
-  try:
-    label = cases.read_nifti(pair.label)
-    label = dataclasses.replace(label, array=cases.checked_labels(label.array, job.num_classes))
-  except cases.CaseError as error:
-    faults.append(f"{label_name}: {error}")
-  if faults:
-    return Outcome(faults=tuple(faults))
-  try:
-    cases.check_pair(image, label)
-  except cases.CaseError as error:
-    return Outcome(faults=(f"{image_name}, {label_name}: {error}",))
-  return _write_case(job, geometry, image, label)
+    return Outcome(faults=(f"{_names(reader.image_files, job.source)}: {error}",))
+  return _write_case(job, content, stored)
 
 
-def _write_case(job: Job, geometry: cases.Geometry, image: cases.RawVolume, label: cases.RawVolume) -> Outcome:
-  case_id = job.pair.id
-  network_input = cases.apply_intensity(geometry.to_slices(image.array), job.intensity)
-  stored, dtype, _ = cases.encode(network_input, job.intensity.kind)
-  del network_input  # twice the size of what is stored
-  classes = np.ascontiguousarray(geometry.to_slices(label.array))
+def _names(paths: Sequence[pathlib.Path], source: pathlib.Path) -> str:
+  return datasets.listed((datasets.relative(path, source) for path in paths), limit=4)
+
+
+def _stored(job: Job, content: Content) -> np.ndarray:
+  """(slices, rows, columns, channels) as they are written to disk; each channel is mapped on its own."""
+  channels = content.image.shape[3]
+  if job.channels not in (None, channels):
+    raise cases.CaseError(f"has {channels} channel(s), the dataset has {job.channels}")
+  stored = []
+  for channel in np.moveaxis(content.image, 3, 0):
+    network_input = channel if content.mapped else cases.apply_intensity(channel, job.intensity)
+    stored.append(cases.encode(network_input, job.intensity.kind)[0])
+    del network_input  # twice the size of what is stored
+  return stored[0][..., np.newaxis] if channels == 1 else np.stack(stored, axis=-1)
+
+
+def _write_case(job: Job, content: Content, stored: np.ndarray) -> Outcome:
+  case_id, reader = job.case.id, job.case.reader
   paths = {kind: job.staging / f"{case_id}.{kind}.npy" for kind in ("image", "label")}
-  _write_array(paths["image"], stored[..., np.newaxis])
-  _write_array(paths["label"], classes)
-  counts = sum(np.bincount(labels.ravel(), minlength=job.num_classes) for labels in classes)
+  _write_array(paths["image"], stored)
+  _write_array(paths["label"], content.classes)
+  num_classes = job.reading.labels.num_classes
+  counts = sum(np.bincount(labels.ravel(), minlength=num_classes) for labels in content.classes)
   case = Case(
     id=case_id,
     image=f"{_ARRAYS}/{paths['image'].name}",
     label=f"{_ARRAYS}/{paths['label'].name}",
-    shape=(*geometry.shape, 1),
-    spacing=geometry.spacing,
-    axcodes=geometry.axcodes,
-    affine=tuple(tuple(row) for row in image.affine.tolist()),
-    file_shape=image.array.shape,
-    header=cases.pack_header(image.header),
-    group=job.pair.group or case_id,
+    shape=stored.shape,
+    spacing=content.spacing,
+    axcodes=content.axcodes,
+    affine=None if content.affine is None else tuple(tuple(row) for row in content.affine.tolist()),
+    file_shape=content.file_shape,
+    header=None if content.header is None else cases.pack_header(content.header),
+    group=job.case.group or case_id,
     sources={
-      "image": datasets.relative(job.pair.image, job.source),
-      "label": datasets.relative(job.pair.label, job.source),
+      "image": _file_or_files(reader.image_files, job.source),
+      "label": _file_or_files(reader.label_files, job.source),
     },
     checksums={kind: manifest.checksum(path) for kind, path in paths.items()},
     class_voxels=tuple(counts.tolist()),
-    foreground_slices=tuple(np.flatnonzero(classes.any(axis=(1, 2))).tolist()),
+    foreground_slices=tuple(np.flatnonzero(content.classes.any(axis=(1, 2))).tolist()),
   )
-  return Outcome(case, warnings=_one_sided(stored, dtype, case.sources["image"]))
+  return Outcome(case, warnings=_one_sided(stored, _names(reader.image_files, job.source)))
 
 
-def _one_sided(stored: np.ndarray, dtype: str, name: str) -> tuple[str, ...]:
-  if dtype != "uint16":
+def _file_or_files(paths: Sequence[pathlib.Path], source: pathlib.Path) -> str | list[str]:
+  names = [datasets.relative(path, source) for path in paths]
+  return names[0] if len(names) == 1 else names
+
+
+def _channel_faults(outcomes: Sequence[Outcome]) -> list[str]:
+  """A fault for each case that has another number of channels than most."""
+  counts = [outcome.case.shape[3] for outcome in outcomes]
+  usual = max(sorted({*counts}), key=counts.count, default=None)
+  return [
+    f"{outcome.case.sources['image']}: has {count} channel(s), most cases have {usual}"
+    for outcome, count in zip(outcomes, counts, strict=True)
+    if count != usual
+  ]
+
+
+def _one_sided(stored: np.ndarray, name: str) -> tuple[str, ...]:
+  if stored.dtype != np.uint16:
     return ()
-  shares = {"lower": np.mean(stored == 0), "upper": np.mean(stored == np.iinfo(dtype).max)}
+  shares = {"lower": np.mean(stored == 0), "upper": np.mean(stored == np.iinfo(stored.dtype).max)}
   return tuple(
     f"{name}: {share:.1%} of the voxels lie at or beyond the {end} end of the range; wrong window or wrong units?"
     for end, share in shares.items()
@@ -579,6 +655,8 @@ def summary(made: Manifest, output: str | os.PathLike) -> str:
   """A prepared dataset in a few lines for reading, the next command included."""
   all_cases = list(made.cases.values())
   size = sum((pathlib.Path(output) / name).stat().st_size for case in all_cases for name in (case.image, case.label))
+  groups = {case.group for case in all_cases}
+  axcodes = sorted({",".join(case.axcodes) for case in all_cases if case.axcodes is not None})
   lines = [f"prepared {len(all_cases)} case(s) in {output} ({_bytes(size)})"]
   for name in manifest.SPLITS:
     split = made.split(name)
@@ -588,17 +666,20 @@ def summary(made: Manifest, output: str | os.PathLike) -> str:
     lines.append(f"  {len(made.folds)} folds of the train split, of {sizes} case(s)")
   lines += [
     "  shape (slices, rows, columns)     " + _ranges([case.shape[:3] for case in all_cases]),
-    "  spacing in mm, likewise           " + _ranges([case.spacing for case in all_cases]),
-    "  slices, rows, columns run towards " + " or ".join(sorted({",".join(case.axcodes) for case in all_cases})),
+    *([f"  channels                          {made.channels}"] if made.channels > 1 else []),
+    *([f"  patients                          {len(groups)}"] if len(groups) < len(all_cases) else []),
+    f"  {f'spacing in {made.unit}, likewise':<34}" + _ranges([case.spacing for case in all_cases]),
+    *([f"  slices, rows, columns run towards {' or '.join(axcodes)}"] if axcodes else []),
     f"  intensities                       {_describe(made.intensity)}, stored as {made.dtype}",
-    f"  {'class':<24}{'voxels':>10}   cases with it (train, val, test)",
+    f"  {'class':<24}{'pixels' if made.kind == 'image' else 'voxels':>10}   cases with it (train, val, test)",
   ]
   voxels = np.sum([case.class_voxels for case in all_cases], axis=0)
   with_classes = [_cases_with_classes(made, made.split(name)) for name in manifest.SPLITS]
   for class_id, name in enumerate(made.classes):
     counts = ", ".join(str(split[class_id]) for split in with_classes)
     lines.append(f"  {class_id:>3} {name:<20}{voxels[class_id] / voxels.sum():>10.3%}   {counts}")
-  config = "quickstart" if made.dataset == "phantom" else "folder"
+  own = f"{made.dataset}_unet" if made.dataset in PUBLISHED else "folder"
+  config = "quickstart" if made.dataset == "phantom" else own
   fold = " --config.data.fold=0" if made.folds else ""
   if made.splits["train"]:
     lines.append(
@@ -610,7 +691,7 @@ def summary(made: Manifest, output: str | os.PathLike) -> str:
 def _describe(intensity: Intensity) -> str:
   if intensity.kind == "window":
     return f"window [{intensity.low:g}, {intensity.high:g}] -> [0, 1]"
-  return f"{intensity.kind} of each volume"
+  return "8-bit values / 255" if intensity.kind == "byte" else f"{intensity.kind} of each case and channel"
 
 
 def _ranges(triples: Sequence[Sequence[float]]) -> str:
@@ -682,28 +763,31 @@ def _describe_checked(made: Manifest, directory: str | os.PathLike, where: str, 
 
 
 def _parser() -> argparse.ArgumentParser:
-  description = __doc__.split("\n\n")[0]
   parser = argparse.ArgumentParser(
-    prog="python -m selfreg_jax.data.prepare", description=description, allow_abbrev=False
+    prog="python -m selfreg_jax.data.prepare",
+    description=__doc__.rpartition("\n\n")[0],
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
   )
   add = parser.add_argument
   add("--dataset", choices=datasets.DATASETS)
   add("--source", help="folder of the raw files (phantom: where to write them, default OUTPUT/raw)")
   add("--output", help="folder of the prepared dataset")
   files = "relative to --source; the text that * matches is the case's id, and equal ids pair"
-  add("--image_glob", help=f"pattern of the images, {files}")
+  add("--image_glob", help=f"pattern of the images, several (channels) separated by commas, {files}")
   add("--label_glob", help=f"pattern of the labels, {files}")
   add("--num_classes", type=int, help="number of classes, background included")
   add("--class_names", type=_comma_list, help="a,b,c: names of classes 1, 2, 3; class 0 is the background")
+  add("--labels", type=int, choices=(13, 8), help="organs in the raw label files of synapse: BTCV's 13 or the pack's 8")
   add("--val_cases", type=_comma_list, help="ids or shell patterns, separated by commas")
   add("--test_cases", type=_comma_list, help="ids or shell patterns, separated by commas")
-  add("--val_fraction", type=float, help=f"share of the training patients, default {DEFAULT_VAL_FRACTION}")
-  add("--test_fraction", type=float, help="share of the patients, default 0")
+  add("--val_fraction", type=float, help="share of the training patients (cases) to draw, default 0.2")
+  add("--test_fraction", type=float, help="share of the patients (cases) to draw, default 0; for acdc 0.2")
   add("--splits", help='JSON file {"train": [ids], "val": [ids], "test": [ids]}')
   add("--folds", type=int, help="cross-validation: deal all cases that are not for testing into that many folds")
   add("--window", type=float, nargs=2, metavar=("LO", "HI"), help="clip to [LO, HI] (HU for CT), then to [0, 1]")
-  add("--normalize", choices=("minmax", "zscore"), help="of each volume")
-  add("--orientation", choices=cases.ORIENTATIONS, default="ras", help="turn to RAS+ (default) or leave as stored")
+  add("--normalize", choices=NORMALIZATIONS, help="of each case and channel; byte: 8-bit values / 255")
+  add("--orientation", choices=cases.ORIENTATIONS, help="turn to RAS+ (default of msd, phantom) or leave as stored")
   add("--axis", type=int, choices=range(3), default=2, help="cut slices along this axis, after orientation")
   add("--seed", type=int, default=0, help="of drawn splits, folds and phantoms")
   add("--workers", type=int, help="processes, default one a CPU; memory grows with them")

@@ -167,3 +167,21 @@ def test_without_a_recipe_slices_are_only_resized():
   )
   expected = ndimage.zoom(image[0, ..., 0] / 65535, (32 / 20, 32 / 30), order=3)
   np.testing.assert_allclose(images[0, ..., 0], expected, atol=1e-5)
+
+
+def test_channels_are_augmented_alike_and_each_on_its_own():
+  rng = np.random.default_rng(3)
+  colours = rng.integers(0, 256, (16, 21, 26, 3), np.uint8)
+  labels = rng.integers(0, 2, (16, 21, 26), np.uint8)
+  keys, index = jax.random.split(jax.random.key(1), 16), np.zeros(16, np.int32)
+  tables = tables_for((21, 26), size=24)
+
+  def run(images):
+    return np.asarray(
+      augment.augment(keys, images, labels, index, tables, scale=1 / 255, augmentation=augment.Augmentation())[0]
+    )
+
+  together = run(colours)
+  assert together.shape == (16, 24, 24, 3)
+  for channel in range(3):
+    np.testing.assert_allclose(together[..., channel], run(colours[..., channel : channel + 1])[..., 0], atol=1e-6)

@@ -343,12 +343,12 @@ def test_qforms_are_compared_with_qforms(tmp_path):
 def test_labels_become_uint8(tmp_path):
   array = volume() % 4
   for dtype in (np.uint8, np.int16, np.int64, np.float32):
-    checked = cases.checked_labels(array.astype(dtype), 4)
+    checked = cases.checked_labels(array.astype(dtype), cases.LabelRule(4))
     assert checked.dtype == np.uint8
     np.testing.assert_array_equal(checked, array)
   scaled = raw_volume(tmp_path / "a.nii.gz", (array * 51).astype(np.uint8), scl_slope=1 / 51, scl_inter=0)
-  np.testing.assert_array_equal(cases.checked_labels(scaled.array, 4), array)
-  assert cases.checked_labels(np.full(SHAPE, 255), 256).max() == 255
+  np.testing.assert_array_equal(cases.checked_labels(scaled.array, cases.LabelRule(4)), array)
+  assert cases.checked_labels(np.full(SHAPE, 255), cases.LabelRule(256)).max() == 255
 
 
 def test_labels_outside_the_classes_are_named_with_their_counts():
@@ -356,14 +356,14 @@ def test_labels_outside_the_classes_are_named_with_their_counts():
   array[0, 0] = 3
   array[1, 1, 1] = -1
   with pytest.raises(CaseError, match=r"0\.\.2: -1 \(1 voxels\), 3 \(3 voxels\); the wrong label set"):
-    cases.checked_labels(array, 3)
+    cases.checked_labels(array, cases.LabelRule(3))
   with pytest.raises(CaseError, match=r"10 \(1 voxels\) and 49 more values"):
-    cases.checked_labels(volume(), 3)
+    cases.checked_labels(volume(), cases.LabelRule(3))
 
 
 def test_labels_must_be_integers():
   with pytest.raises(CaseError, match=r"not integers: 0\.5 \(2 voxels\)"):
-    cases.checked_labels(np.array([0, 0.5, 1, 0.5], np.float32), 2)
+    cases.checked_labels(np.array([0, 0.5, 1, 0.5], np.float32), cases.LabelRule(2))
 
 
 def test_window_clips_and_scales():

@@ -5,7 +5,10 @@ import pytest
 
 from selfreg_jax.data import manifest as manifests
 from selfreg_jax.data import pipeline
+from selfreg_jax.data.prepare import PrepareOptions, prepare
 from selfreg_jax.errors import UserError
+
+from . import archives
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +122,20 @@ def test_an_empty_split_is_refused(prepared):
   manifest.splits["train"] = ()
   with pytest.raises(UserError, match="train split is empty"):
     pipeline.SliceDataset(prepared, manifest)
+
+
+def test_colour_images_of_mixed_sizes_are_records_of_three_channels(tmp_path):
+  archives.write_glas(tmp_path / "glas", train=5, test_a=0, test_b=0)
+  made = prepare(
+    PrepareOptions("glas", tmp_path / "out", tmp_path / "glas", val_cases=("train_1", "train_2"), workers=1)
+  )
+  dataset = pipeline.SliceDataset(tmp_path / "out", made)
+  assert len(dataset) == 3
+  assert dataset.shapes == [(12, 17), (13, 17), (14, 17)]
+  batch = stream_of(dataset, batch_size=3)[0]
+  assert batch["image"].shape == (3, 14, 17, 3)
+  assert batch["image"].dtype == np.uint8
+  for image, label, record in zip(batch["image"], batch["label"], batch["record"], strict=True):
+    raw, mask = archives.tissue(int(dataset.locate(record)[0].id.removeprefix("train_")) - 1)
+    np.testing.assert_array_equal(image[: raw.shape[0], : raw.shape[1]], raw)
+    np.testing.assert_array_equal(label[: raw.shape[0], : raw.shape[1]], mask > 0)

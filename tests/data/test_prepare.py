@@ -15,6 +15,7 @@ import time
 import nibabel as nib
 import numpy as np
 import pytest
+from PIL import Image
 
 from selfreg_jax.data import datasets, manifest, prepare
 from selfreg_jax.data.prepare import PrepareOptions
@@ -193,6 +194,66 @@ def test_a_label_pattern_may_be_a_special_case_of_the_image_pattern(tmp_path):
   assert made.cases["a"].sources == {"image": "a.nii.gz", "label": "a_seg.nii.gz"}
 
 
+# 2-D images.
+
+
+def write_png(path, array):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  Image.fromarray(array).save(path)
+
+
+def pictures(tmp_path, **changes):
+  normal = {
+    "window": None,
+    "image_glob": "*.png",
+    "label_glob": "*_mask.png",
+    "class_names": ("cell",),
+    "val_cases": (),
+  }
+  return options(tmp_path, **normal | changes)
+
+
+@pytest.mark.parametrize("ending", ["png", "bmp", "tif"])
+def test_colour_images_are_stored_as_bytes(tmp_path, ending):
+  rng = np.random.default_rng(0)
+  arrays = {name: (rng.integers(0, 256, shape, np.uint8), rng.integers(0, 2, shape[:2], np.uint8))
+            for name, shape in (("a", (9, 7, 3)), ("b", (5, 8, 3)))}  # fmt: skip
+  for name, (image, mask) in arrays.items():
+    write_png(tmp_path / f"raw/{name}.{ending}", image)
+    write_png(tmp_path / f"raw/{name}_mask.{ending}", mask)
+  made = prepare.prepare(pictures(tmp_path, image_glob=f"*.{ending}", label_glob=f"*_mask.{ending}"))
+  assert (made.kind, made.unit, made.orientation, made.channels) == ("image", "pixel", "stored", 3)
+  assert (made.intensity, made.dtype, made.scale) == (manifest.Intensity("byte"), "uint8", 1 / 255)
+  for name, (image, mask) in arrays.items():
+    case = made.cases[name]
+    np.testing.assert_array_equal(np.load(tmp_path / "out" / case.image), image[np.newaxis])
+    np.testing.assert_array_equal(np.load(tmp_path / "out" / case.label), mask[np.newaxis])
+    assert (case.shape, case.file_shape, case.group) == ((1, *image.shape), mask.shape, name)
+  text = prepare.summary(made, tmp_path / "out")
+  assert "8-bit values / 255, stored as uint8" in text
+  assert "spacing in pixel" in text
+  assert "run towards" not in text
+
+
+def test_grey_images_of_several_files_are_channels(tmp_path):
+  rng = np.random.default_rng(0)
+  stains = {name: rng.integers(0, 60000, (6, 7)).astype(np.uint16) for name in ("dapi", "gfp")}
+  for name, image in stains.items():
+    write_png(tmp_path / f"raw/a_{name}.png", image)
+  write_png(tmp_path / "raw/a_mask.png", rng.integers(0, 2, (6, 7), np.uint8))
+  changes = {"image_glob": "*_dapi.png,*_gfp.png"}
+  refused(
+    tmp_path, "not the integers 0 to 255 of 8-bit colours; .*--normalize=minmax", **vars(pictures(tmp_path, **changes))
+  )
+  made = prepare.prepare(pictures(tmp_path, normalize="minmax", **changes))
+  stored = np.load(tmp_path / "out" / made.cases["a"].image)[0] * made.scale
+  for channel, image in enumerate(stains.values()):
+    expected = (image - float(image.min())) / (float(image.max()) - image.min())
+    np.testing.assert_allclose(stored[..., channel], expected, atol=1e-5)
+  (tmp_path / "out/manifest.json").unlink()
+  refused(tmp_path, "volumes or images, not both", **vars(pictures(tmp_path, image_glob="*_a.png,*_b.nii.gz")))
+
+
 @pytest.mark.parametrize(
   ("changes", "match"),
   [
@@ -229,12 +290,53 @@ def test_labels_of_other_kinds_are_refused(tmp_path, labels, match):
   refused(tmp_path, match)
 
 
-def test_several_channels_are_refused(tmp_path):
+@pytest.mark.parametrize("layout", ["nnunet", "msd", "globs"])
+def test_several_channels_are_mapped_each_on_its_own(tmp_path, layout):
+  raw = tmp_path / "raw"
+  first = {case_id: image for case_id, (image, _) in write_msd(raw, train=2, suffix="_0000", modality={}).items()}
+  description = {"labels": LABELS, "channel_names": {"0": "T2", "1": "ADC"}}
+  (raw / "dataset.json").write_text(json.dumps(description))
+  second = {case_id: 7 * write_image(raw / f"imagesTr/{case_id}_0001.nii.gz", seed=9) for case_id in first}
+  for case_id, image in second.items():
+    nib.save(nib.Nifti1Image(image, AFFINE), raw / f"imagesTr/{case_id}_0001.nii.gz")
+  changes = {}
+  if layout == "msd":
+    for case_id in first:
+      both = np.stack([first[case_id], second[case_id]], axis=-1)
+      nib.save(nib.Nifti1Image(both, AFFINE), raw / f"imagesTr/{case_id}.nii.gz")
+      for channel in (0, 1):
+        (raw / f"imagesTr/{case_id}_000{channel}.nii.gz").unlink()
+  elif layout == "globs":
+    changes = {"image_glob": "imagesTr/*_0000.nii.gz, imagesTr/*_0001.nii.gz", "label_glob": "labelsTr/*.nii.gz"}
+  made = prepare.prepare(options(tmp_path, window=None, normalize="minmax", **changes))
+  assert made.channels == 2
+  for case_id, case in made.cases.items():
+    stored = np.load(tmp_path / "out" / case.image) * made.scale
+    assert case.shape == (6, 12, 10, 2)
+    for channel, image in enumerate((first[case_id], second[case_id])):
+      turned = image[::-1].transpose(2, 0, 1)
+      expected = (turned - turned.min()) / (turned.max() - turned.min())
+      np.testing.assert_allclose(stored[..., channel], expected, atol=1e-5)
+  assert case.file_shape == SHAPE
+  if layout != "msd":
+    assert case.sources["image"] == [f"imagesTr/{case_id}_0000.nii.gz", f"imagesTr/{case_id}_0001.nii.gz"]
+
+
+def test_missing_and_surplus_channels_are_faults(tmp_path):
   write_msd(tmp_path / "raw", train=2, suffix="_0000")
   write_image(tmp_path / "raw/imagesTr/case_00_0001.nii.gz")
-  refused(tmp_path, "_0001 beside _0000")
-  write_msd(tmp_path / "raw", train=2, modality={"0": "T2", "1": "ADC"})
-  refused(tmp_path, r"2 channels \(T2, ADC\)")
+  message = refused(tmp_path)
+  assert "imagesTr/case_01_0000.nii.gz: channel(s) 1 of case 'case_01' are missing" in message
+  assert "case_00_0001.nii.gz: has 2 channel(s), the dataset has 1" in message
+  write_image(tmp_path / "raw/imagesTr/case_01_0001.nii.gz", shape=(12, 10, 5))
+  assert "imagesTr/case_01_0001.nii.gz, labelsTr/case_01.nii.gz: image has shape (12, 10, 5)" in refused(tmp_path)
+  write_image(tmp_path / "raw/a.nii.gz", shape=(*SHAPE, 2))
+  for case_id in "bcd":
+    write_image(tmp_path / f"raw/{case_id}.nii.gz")
+  for case_id in "abcd":
+    write_label(tmp_path / f"raw/label_{case_id}.nii.gz")
+  message = refused(tmp_path, image_glob="*.nii.gz", label_glob="label_*.nii.gz", num_classes=3)
+  assert message.endswith("a.nii.gz: has 2 channel(s), most cases have 1")
 
 
 def test_folders_that_hold_nothing_are_explained(tmp_path):
@@ -259,8 +361,8 @@ def test_folders_that_hold_nothing_are_explained(tmp_path):
     ({"normalize": "zscore"}, "exclude"),
     ({"window": (275, -125)}, "lower one first"),
     ({"window": (0, float("nan"))}, "finite"),
-    ({"window": None, "normalize": "l2"}, "minmax or zscore"),
-    ({"dataset": "acme"}, "known are msd"),
+    ({"window": None, "normalize": "l2"}, "minmax, zscore or byte"),
+    ({"dataset": "acme"}, "known are synapse, acdc"),
     ({"source": None}, "needs --source"),
     ({"workers": 0}, "--workers=0"),
     ({"axis": 3}, "--axis=3"),
@@ -320,8 +422,8 @@ def test_cases_of_one_patient_stay_together(tmp_path, monkeypatch, capfd):
 
   def find_with_patients(*arguments):
     raw = find(*arguments)
-    pairs = (dataclasses.replace(pair, group=f"patient_{n // 2}") for n, pair in enumerate(raw.pairs))
-    return dataclasses.replace(raw, pairs=tuple(pairs))
+    pairs = (dataclasses.replace(pair, group=f"patient_{n // 2}") for n, pair in enumerate(raw.cases))
+    return dataclasses.replace(raw, cases=tuple(pairs))
 
   monkeypatch.setattr(datasets, "find_msd", find_with_patients)
   made = prepare.prepare(options(tmp_path, folds=3))

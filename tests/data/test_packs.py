@@ -1,0 +1,132 @@
+"""Packs of image and label: nothing in them is run, nothing beside them is read."""
+
+import contextlib
+import pickle
+
+import h5py
+import numpy as np
+import pytest
+
+from selfreg_jax.data import packs
+from selfreg_jax.data.cases import CaseError
+
+IMAGE = np.linspace(0, 1, 24).reshape(2, 3, 4)
+LABEL = np.arange(24).reshape(2, 3, 4) % 3
+
+
+def write(path, image=IMAGE, label=LABEL, key="image"):
+  if path.suffix == ".h5":
+    with h5py.File(path, "w") as file:
+      file[key], file["label"] = image, label
+  else:
+    np.savez_compressed(path, **{key: image, "label": label})
+  return path
+
+
+@pytest.mark.parametrize("name", ["case.npz", "case.npy.h5"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+def test_arrays_come_back(tmp_path, name, dtype):
+  path = write(tmp_path / name, IMAGE.astype(dtype), LABEL.astype("float32"), key="img")
+  image, label = packs.read_arrays(path, "img", rank=3)
+  assert image.dtype == np.float32
+  np.testing.assert_allclose(image, IMAGE, atol=1e-3 if dtype == "float16" else 1e-7)
+  np.testing.assert_array_equal(label, LABEL)
+  assert packs.peek_shape(path, "img") == IMAGE.shape
+  assert packs.peek_shape(path, "image") is None
+  assert packs.peek_shape(tmp_path / f"none.{name}", "img") is None
+
+
+def test_rounding_beyond_the_ends_is_cut_and_more_is_refused(tmp_path):
+  image, _ = packs.read_arrays(write(tmp_path / "a.npz", IMAGE * 1.00001 - 1e-6), "image", rank=3)
+  assert image.min() == 0
+  assert image.max() == 1
+  for wrong in (IMAGE * 1.01, IMAGE - 0.01, IMAGE * 400 - 125):
+    with pytest.raises(CaseError, match=r"lie in \[0, 1\]"):
+      packs.read_arrays(write(tmp_path / "a.npz", wrong), "image", rank=3)
+
+
+@pytest.mark.parametrize("name", ["case.npz", "case.npy.h5"])
+def test_other_contents_are_refused(tmp_path, name):
+  path = tmp_path / name
+  for image, label, rank, match in [
+    (IMAGE, LABEL[0], 3, "'label' has shape"),
+    (IMAGE, LABEL[:, :, :3], 3, r"image has shape \(2, 3, 4\), label \(2, 3, 3\)"),
+    (IMAGE, LABEL, 2, "a slice is needed"),
+    (IMAGE[0], LABEL[0], 3, "a volume is needed"),
+    (np.zeros((0, 3, 4)), np.zeros((0, 3, 4)), 3, "a volume is needed"),
+    (IMAGE * 1j, LABEL, 3, "complex128; numbers"),
+    (np.where(LABEL, IMAGE, np.nan), LABEL, 3, "NaN"),
+  ]:
+    with pytest.raises(CaseError, match=match):
+      packs.read_arrays(write(path, image, label), "image", rank=rank)
+  with pytest.raises(CaseError, match="holds no 'img', but image, label"):
+    packs.read_arrays(path, "img", rank=3)
+
+
+@pytest.mark.parametrize("name", ["case.npz", "case.npy.h5"])
+def test_damage_anywhere_is_a_case_error_or_harmless(tmp_path, name):
+  path = write(tmp_path / name)
+  content = path.read_bytes()
+  rng = np.random.default_rng(0)
+  for cut in [0, 1, 30, *rng.integers(0, len(content), 20)]:
+    path.write_bytes(content[:cut])
+    with pytest.raises(CaseError):
+      packs.read_arrays(path, "image", rank=3)
+  for _ in range(100):
+    changed = bytearray(content)
+    changed[rng.integers(len(content))] ^= 1 << rng.integers(8)
+    path.write_bytes(changed)
+    with contextlib.suppress(CaseError):  # HDF5 has no checksum of its values: a flipped bit there goes unnoticed
+      packs.read_arrays(path, "image", rank=3)
+  path.unlink()
+  path.mkdir()
+  with pytest.raises(CaseError, match="folder"):
+    packs.read_arrays(path, "image", rank=3)
+
+
+def test_nothing_in_a_pack_is_run(tmp_path):
+  class Trap:
+    def __reduce__(self):
+      return (open, (str(tmp_path / "sprung"), "w"))
+
+  with pytest.raises(CaseError, match="no plain arrays"):
+    packs.read_arrays(write(tmp_path / "a.npz", np.array([Trap()], object)), "image", rank=3)
+  (tmp_path / "b.npz").write_bytes(pickle.dumps(Trap()))
+  with pytest.raises(CaseError, match="damaged or not"):
+    packs.read_arrays(tmp_path / "b.npz", "image", rank=3)
+  assert not (tmp_path / "sprung").exists()
+
+
+def test_a_pack_does_not_reach_into_other_files(tmp_path):
+  (tmp_path / "secret.bin").write_bytes(bytes(24 * 8))
+  with h5py.File(write(tmp_path / "source.h5")) as file:
+    virtual = h5py.VirtualSource(file["image"])
+  for number, add in enumerate(
+    [
+      lambda file: file.create_dataset("image", (2, 3, 4), "f8", external=[(str(tmp_path / "secret.bin"), 0, 192)]),
+      lambda file: file.__setitem__("image", h5py.ExternalLink("source.h5", "image")),
+      lambda file: file.__setitem__("image", h5py.SoftLink("/label")),
+      lambda file: file.create_virtual_dataset("image", _layout(virtual)),
+      lambda file: file.create_group("image"),
+    ]
+  ):
+    path = tmp_path / f"{number}.h5"
+    with h5py.File(path, "w") as file:
+      file["label"] = LABEL
+      add(file)
+    with pytest.raises(CaseError, match="'image' is not an array in this file"):
+      packs.read_arrays(path, "image", rank=3)
+
+
+def _layout(source):
+  layout = h5py.VirtualLayout((2, 3, 4), "f8")
+  layout[:] = source
+  return layout
+
+
+@pytest.mark.parametrize("name", ["case.npz", "case.npy.h5"])
+def test_arrays_that_would_fill_the_memory_are_not_unpacked(tmp_path, monkeypatch, name):
+  path = write(tmp_path / name)
+  monkeypatch.setattr(packs, "_MOST_BYTES", 100)
+  with pytest.raises(CaseError, match="would unpack to more"):
+    packs.read_arrays(path, "image", rank=3)
