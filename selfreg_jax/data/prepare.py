@@ -414,19 +414,16 @@ def _check_fits_files(raw: RawDataset, options: PrepareOptions) -> None:
 def _splits(raw: RawDataset, options: PrepareOptions) -> dict[str, tuple[str, ...]]:
   if options.splits is not None:
     return splits.read_splits(pathlib.Path(options.splits), raw.ids, raw.groups, folder_test_ids=raw.test_ids)
-  val_cases = options.val_cases
   val_fraction = raw.val_fraction if options.val_fraction is None else options.val_fraction
-  if options.folds is not None:
-    val_fraction = 0.0
-  elif val_cases is None and options.val_fraction is None and raw.val_ids:
-    val_cases = raw.val_ids
   return splits.choose_splits(
     raw.ids,
     raw.groups,
+    # With folds, or a share to draw, the archive's own validation cases are among the others.
+    folder_val_ids=raw.val_ids if options.folds is None and options.val_fraction is None else (),
     folder_test_ids=raw.test_ids,
-    val_cases=val_cases,
+    val_cases=options.val_cases,
     test_cases=options.test_cases,
-    val_fraction=val_fraction,
+    val_fraction=val_fraction if options.folds is None else 0.0,
     test_fraction=raw.test_fraction if options.test_fraction is None else options.test_fraction,
     seed=options.seed,
   )

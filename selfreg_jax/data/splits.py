@@ -21,6 +21,7 @@ def choose_splits(
   ids: Sequence[str],
   groups: Mapping[str, str] | None = None,
   *,
+  folder_val_ids: Sequence[str] = (),
   folder_test_ids: Sequence[str] = (),
   val_cases: Sequence[str] | None = None,
   test_cases: Sequence[str] | None = None,
@@ -30,11 +31,13 @@ def choose_splits(
 ) -> dict[str, tuple[str, ...]]:
   """Deals the cases out to train, val and test without parting a group.
 
-  Only the test set that the source folder itself marks may part groups, since it is not ours: see `notes_on_test`.
+  Only the splits that the source folder itself marks may part groups, since they are not ours: see `notes_on_test`.
 
   Args:
     ids: all case ids.
     groups: case id -> group; a case that is not in it is a group of its own.
+    folder_val_ids: ids that the source folder marks as validation cases, taken instead of a draw; `val_cases` replaces
+      them.
     folder_test_ids: ids that the source folder marks as test cases; they stay so.
     val_cases: ids or shell patterns of the validation cases; None draws `val_fraction` of the training groups.
     test_cases: ids or shell patterns of further test cases; None draws `test_fraction` of the groups that are left.
@@ -55,12 +58,16 @@ def choose_splits(
   if both := sorted(named_val & test):
     raise UserError(f"case(s) in two splits, val and test: {listed(both)}")
   if test_cases is None:
-    test |= _draw({*ids} - named_val - test, groups, test_fraction, rng)
-  val = named_val if val_cases is not None else _draw({*ids} - test, groups, val_fraction, rng)
+    test |= _draw({*ids} - named_val - {*folder_val_ids} - test, groups, test_fraction, rng)
+  if val_cases is None and folder_val_ids:
+    val = {*folder_val_ids} - test
+  else:
+    val = named_val if val_cases is not None else _draw({*ids} - test, groups, val_fraction, rng)
   train = {*ids} - val - test
   splits = {name: tuple(sorted(split)) for name, split in zip(SPLITS, (train, val, test), strict=True)}
   flags = {"--val_cases": val_cases, "--test_cases": test_cases}
-  _check_whole(splits, groups, folder_test_ids, " and ".join(flag for flag, cases in flags.items() if cases))
+  exempt = (*folder_test_ids, *(folder_val_ids if val_cases is None else ()))
+  _check_whole(splits, groups, exempt, " and ".join(flag for flag, cases in flags.items() if cases))
   return splits
 
 

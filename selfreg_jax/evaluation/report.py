@@ -165,7 +165,7 @@ def class_colors(num_classes: int) -> np.ndarray:
   return colors
 
 
-def radiological(array: np.ndarray, axcodes: Sequence[str]) -> np.ndarray:
+def radiological(array: np.ndarray, axcodes: Sequence[str] | None) -> np.ndarray:
   """Turns a slice to the view that radiologists are used to.
 
   Axial: anterior on top, the patient's right on the picture's left. Coronal: superior on top, right on the left.
@@ -173,7 +173,8 @@ def radiological(array: np.ndarray, axcodes: Sequence[str]) -> np.ndarray:
 
   Args:
     array: (row, column) or (row, column, channel).
-    axcodes: where the indices along (slice, row, column) grow to, e.g. ("S", "R", "A").
+    axcodes: where the indices along (slice, row, column) grow to, e.g. ("S", "R", "A"); None where that is not known:
+      the slice stays as it is.
 
   Returns:
     The turned slice, a view.
@@ -181,7 +182,7 @@ def radiological(array: np.ndarray, axcodes: Sequence[str]) -> np.ndarray:
   Raises:
     ValueError: the codes do not name three different axes of the body.
   """
-  return _turn(axcodes).apply(array)
+  return array if axcodes is None else _turn(axcodes).apply(array)
 
 
 def body_sides(axcodes: Sequence[str]) -> tuple[str, str]:

@@ -249,9 +249,9 @@ def test_more_sections_can_be_added(tmp_path):
 def test_metrics_that_the_page_does_not_know_are_shown_too(tmp_path):
   arguments = made_up.images_dataset(2)
   sound = arguments["summary"]["protocols"]["sound"]
-  sound["mean"]["volume_difference"] = sound["classes"]["gland"]["volume_difference"] = 0.125
+  sound["mean"]["new_metric"] = sound["classes"]["gland"]["new_metric"] = 0.125
   page = write(tmp_path, arguments)
-  assert "volume difference" in page.text
+  assert "new metric" in page.text
   assert page.data["protocols"]["sound"][-1]["values"] == [[None], [None]]
 
 

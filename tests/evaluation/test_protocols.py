@@ -67,10 +67,11 @@ def test_sound_protocol_of_missed_invented_and_absent_classes():
   table = protocols.evaluate_case(volume(None, HERE), volume(HERE, None), num_classes=4, spacing=SPACING)
   diagonal = math.sqrt((6 * 5) ** 2 + (8 * 1.5) ** 2 + (10 * 1.25) ** 2)
   worst = {"dice": 0, "jaccard": 0, "hd95": diagonal, "assd": diagonal, "nsd": 0}
-  assert table[1] == pytest.approx({**worst, "missed": 1, "invented": 0})
-  assert table[2] == pytest.approx({**worst, "missed": 0, "invented": 1})
+  voxels = 3 * 4 * 3 * 5 * 1.5 * 1.25  # of the box, in mm3
+  assert table[1] == pytest.approx({**worst, "volume_difference": -voxels, "missed": 1, "invented": 0})
+  assert table[2] == pytest.approx({**worst, "volume_difference": voxels, "missed": 0, "invented": 1})
   assert table[3].pop("missed") == table[3].pop("invented") == 0
-  assert list(table[3]) == ["dice", "jaccard", "hd95", "assd", "nsd"]
+  assert list(table[3]) == ["dice", "jaccard", "hd95", "assd", "nsd", "volume_difference"]
   assert all(math.isnan(value) for value in table[3].values())
 
 
@@ -88,7 +89,8 @@ def test_sound_protocol_measures_in_millimetres():
 
 def test_a_perfect_prediction():
   table = protocols.evaluate_case(volume(HERE, THERE), volume(HERE, THERE), num_classes=3, spacing=SPACING)
-  expected = {"dice": 1, "jaccard": 1, "hd95": 0, "assd": 0, "nsd": 1, "missed": 0, "invented": 0}
+  expected = {"dice": 1, "jaccard": 1, "hd95": 0, "assd": 0, "nsd": 1, "volume_difference": 0}
+  expected |= {"missed": 0, "invented": 0}
   assert table == {1: expected, 2: expected}
 
 

@@ -14,7 +14,8 @@ NAMES = ("background", "a rather long class name", "[b]spleen", "aorta")
 
 
 def scores(dice, **change):
-  row = {"dice": dice, "jaccard": dice / 2, "hd95": 12.346, "assd": 1.5, "nsd": 0.25, "missed": 0.0, "invented": 0.0}
+  row = {"dice": dice, "jaccard": dice / 2, "hd95": 12.346, "assd": 1.5, "nsd": 0.25}
+  row |= {"volume_difference": -2.5, "missed": 0.0, "invented": 0.0}
   return row | change
 
 
@@ -84,6 +85,7 @@ def test_csv_of_cases(tmp_path):
     "hd95": "12.346",
     "assd": "1.5",
     "nsd": "0.25",
+    "volume_difference": "-2.5",
     "missed": "0",
     "invented": "0",
   }
