@@ -9,6 +9,9 @@ which `config.init_from` names; --config.init_from= starts from random weights.
 Published (paper protocol, 20 test patients): Swin-Unet 90.00 % Dice, with SCR and IFD 91.49; nnU-Net 91.61.
 
 Behind a colon: `:baseline` (neither term), `:scr`, `:ifd`, `:selfreg` (both, the default).
+
+Time, estimated from a measured step (batch 8, float32): 400 epochs of about 1,300 slices at 1.1 slices a second are 5 to 6 days on two CPU
+cores; not measured on a GPU yet.
 """
 
 from selfreg_jax import config as configs

@@ -10,6 +10,9 @@ Published (paper protocol, 12 test cases): Swin-Unet 79.13 % Dice and 21.55 voxe
 Independent re-runs of the plain Swin-Unet gave 76.0 to 78.0.
 
 Behind a colon: `:baseline` (neither term), `:scr`, `:ifd`, `:selfreg` (both, the default).
+
+Time, estimated from a measured step (batch 8, float32): 150 epochs of 2,211 slices at 1.1 slices a second are 3 to 4 days on two CPU
+cores; not measured on a GPU yet.
 """
 
 from selfreg_jax import config as configs
