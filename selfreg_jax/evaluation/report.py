@@ -30,8 +30,12 @@ _FILL = 0.45  # opacity of a class's inside; its contour is opaque
 
 _UNITS = {"sound": "mm", "paper": "voxels"}
 _CAPTIONS = {
-  "sound": "sound protocol: a missed or invented class scores Dice 0 and the volume's diagonal",
-  "paper": "paper protocol, to compare with published tables: a missed class scores distance 0, an invented one Dice 1",
+  ("sound", "volume"): "sound protocol: a missed or invented class scores Dice 0 and the volume's diagonal",
+  ("paper", "volume"): (
+    "paper protocol, to compare with published tables: a missed class scores distance 0, an invented one Dice 1"
+  ),
+  ("sound", "image"): "sound protocol, at the images' own size: a missed or invented class scores Dice 0",
+  ("paper", "image"): "paper protocol, to compare with published tables: at the network's image size",
 }
 
 _BACKGROUND, _TEXT, _FAINT = "#101214", "#f2f2f2", "#9aa0a6"
@@ -46,7 +50,14 @@ _AXIS = {code: axis for axis in ("RL", "AP", "SI") for code in axis}
 _VIEWS = {"SI": ("P", "L"), "AP": ("I", "L"), "RL": ("I", "P")}
 
 
-def print_table(block: Mapping[str, Any], output: console.Console, *, protocol: str, unit: str | None = None) -> None:
+def print_table(
+  block: Mapping[str, Any],
+  output: console.Console,
+  *,
+  protocol: str,
+  unit: str | None = None,
+  kind: str = "volume",
+) -> None:
   """Prints one protocol's results: a row a class, the mean over classes last.
 
   Args:
@@ -54,10 +65,11 @@ def print_table(block: Mapping[str, Any], output: console.Console, *, protocol: 
     output: where to print; 100 columns are enough.
     protocol: "sound" or "paper".
     unit: of the distances; None: mm in the sound and voxels in the paper protocol.
+    kind: "volume" or "image": of the cases.
   """
   unit = unit or _UNITS[protocol]
   names = protocols.METRICS[protocol]
-  result = table.Table(title=_CAPTIONS[protocol], title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+  result = table.Table(title=_CAPTIONS[protocol, kind], title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
   result.add_column("class", overflow="fold", max_width=20)
   result.add_column("Dice % [95 % CI]", justify="right", no_wrap=True)
   result.add_column(f"HD95 {unit}", justify="right", no_wrap=True)
@@ -94,7 +106,8 @@ def write_cases_csv(
 ) -> None:
   """Writes every score, one row a protocol, case and class; an empty field was not scored.
 
-  Distances are in millimetres in the sound and in voxels in the paper protocol. The file exists whole or not at all.
+  Distances are in the dataset's unit in the sound and in voxels, or pixels, in the paper protocol; volume differences
+  are as `protocols.evaluate_case` gives them. The file exists whole or not at all.
 
   Args:
     path: the CSV file.
@@ -111,6 +124,29 @@ def write_cases_csv(
         values = [_csv_field(name, row.get(name, math.nan)) for name in columns]
         writer.writerow((protocol, case_id, class_id, class_names[class_id], *values))
   _write_whole(path, content.getvalue().encode())
+
+
+def read_cases_csv(path: str | os.PathLike) -> dict[str, dict[str, protocols.ClassTable]]:
+  """The scores that `write_cases_csv` wrote, to the last bit.
+
+  Args:
+    path: the CSV file.
+
+  Returns:
+    protocol -> case id -> class id -> metric or flag -> value.
+
+  Raises:
+    OSError: the file cannot be read.
+    KeyError: a column is missing.
+    ValueError: a value is no number.
+  """
+  scores: dict[str, dict[str, protocols.ClassTable]] = {}
+  with open(path, newline="", encoding="utf-8") as file:
+    for row in csv.DictReader(file):
+      names = (*protocols.METRICS[row["protocol"]], *protocols.FLAGS)
+      table = scores.setdefault(row["protocol"], {}).setdefault(row["case"], {})
+      table[int(row["class_id"])] = {name: float(row[name] or "nan") for name in names}
+  return scores
 
 
 def _csv_field(name: str, value: float) -> str:
