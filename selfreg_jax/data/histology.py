@@ -24,6 +24,9 @@ from selfreg_jax.data.published import GLAS, MONUSEG
 from selfreg_jax.data.readers import ImageCase
 from selfreg_jax.errors import UserError
 
+Parts = dict[str, Found]  # what each split of the source holds
+Layout = Callable[[pathlib.Path, pathlib.Path], Parts]  # (source, folder) -> parts
+
 _GRADES = "Grade.csv"
 _GLAS_IMAGE = re.compile(r"(train|testA|testB)_(\d+)")
 _ANNOTATION = "_anno"
@@ -78,10 +81,6 @@ def _tcga_patient(case_id: str) -> str | None:
   return match[0] if match else None
 
 
-Parts = dict[str, Found]  # what each split of the source holds
-Layout = Callable[[pathlib.Path, pathlib.Path], Parts]  # (source, folder) -> parts
-
-
 def _only(source: pathlib.Path, layouts: Mapping[pathlib.Path, Layout], example: str) -> tuple[pathlib.Path, Parts]:
   """The one folder that holds the dataset, and its parts."""
   if not layouts:
@@ -133,7 +132,9 @@ def _monuseg_archive(source: pathlib.Path, folder: pathlib.Path) -> Parts:
   pictures: dict[str, dict[pathlib.Path, str]] = {"train": {}, "test": {}}
   outlines: dict[str, dict[pathlib.Path, str]] = {"train": {}, "test": {}}
   for below in datasets.folders_below(folder):
-    split = "test" if _TEST.search(datasets.relative(below, folder.parent)) else "train"
+    # The folder's own name counts too, and is not written in a source like ".".
+    name = datasets.relative(below.absolute(), folder.absolute().parent)
+    split = "test" if _TEST.search(name) else "train"
     pictures[split] |= {path: path.stem for path in _image_files(below)}
     outlines[split] |= {
       path: path.stem for path in sorted(below.iterdir()) if path.suffix.lower() == ".xml" and path.name[0] != "."

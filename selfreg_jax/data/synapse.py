@@ -88,7 +88,8 @@ def find(source: pathlib.Path, *, organs: int | None = None) -> RawDataset:
     UserError: neither layout is there, or both, or one of them twice, or the pack with 13 organs.
   """
   folders = datasets.folders_below(source)
-  raw = [path.parent for path in folders if path.name == "img" and (path.parent / "label").is_dir()]
+  images = [path for path in folders if path.name == "img"]
+  raw = [path.parent for path in images if (path.parent / "label").is_dir()]
   packs = sorted({path.parent for path in folders if path.name in ("train_npz", "test_vol_h5")})
   found = [*raw, *packs]
   if not found:
@@ -100,10 +101,14 @@ def find(source: pathlib.Path, *, organs: int | None = None) -> RawDataset:
     names = datasets.listed(datasets.relative(path, source) for path in found)
     raise UserError(f"{source}: holds the dataset more than once ({names}); give the folder of one")
   labels = label_rule(organs, packed=not raw)
-  return _find_raw(source, raw[0], labels) if raw else _find_pack(source, packs[0], labels)
+  if not raw:
+    return _find_pack(source, packs[0], labels)
+  unlabelled = [datasets.relative(path, source) for path in images if path.parent not in raw]
+  notes = [f"{name}: left out, there are no labels beside it" for name in unlabelled]
+  return _find_raw(source, raw[0], labels, notes)
 
 
-def _find_raw(source: pathlib.Path, folder: pathlib.Path, labels: LabelRule) -> RawDataset:
+def _find_raw(source: pathlib.Path, folder: pathlib.Path, labels: LabelRule, notes: list[str]) -> RawDataset:
   ids, faults = {"img": {}, "label": {}}, []
   for prefix, by_path in ids.items():
     for path in datasets.nifti_files(folder / prefix):
@@ -121,7 +126,7 @@ def _find_raw(source: pathlib.Path, folder: pathlib.Path, labels: LabelRule) -> 
     found.ids,
     test_ids=tuple(case_id for case_id in found.ids if case_id in TEST),
     faults=tuple(faults),
-    notes=_notes(found.ids),
+    notes=(*notes, *_notes(found.ids)),
     orientation=SYNAPSE.orientation,
     channels=SYNAPSE.channels,
   )

@@ -116,6 +116,13 @@ def test_an_image_belongs_to_one_folder(tmp_path):
   refused(tmp_path, "monuseg", tmp_path / "tree", "a: in two folders")
 
 
+def test_the_test_archive_alone_is_a_test_split(tmp_path, monkeypatch):
+  archives.write_monuseg(tmp_path / "latest", {}, {TEST_PATIENT: 7})
+  monkeypatch.chdir(tmp_path / "latest/MoNuSegTestData")
+  made = run(tmp_path, "monuseg", ".")
+  assert made.splits == {"train": (), "val": (), "test": (TEST_PATIENT,)}
+
+
 def test_a_tree_without_images_is_no_dataset(tmp_path):
   (tmp_path / "tree/Train_Folder/img").mkdir(parents=True)
   refused(tmp_path, "glas", tmp_path / "tree", "tree: holds no case; docs/datasets.md shows")

@@ -101,9 +101,12 @@ def test_the_published_split_has_18_and_12_cases():
 @pytest.mark.parametrize("layout", ["btcv", "pack"])
 def test_validation_cases_come_from_the_training_cases(tmp_path, request, layout, capfd):
   source = request.getfixturevalue(layout)
+  if layout == "btcv":
+    (source / "Abdomen/RawData/Testing/img").mkdir(parents=True)
   made = run(tmp_path, source, val_cases=("0040",))
   assert (made.splits["val"], made.splits["train"]) == (("0040",), ("0005", "0006"))
   errors = capfd.readouterr().err
+  assert ("Abdomen/RawData/Testing/img: left out" in errors) == (layout == "btcv")
   assert "15 of the 18 published training cases are missing: 0007" in errors
   assert "10 of the 12 published test cases are missing: 0002" in errors
   refused(tmp_path / "other", source, "two splits, val and test: 0001", val_cases=("0001",))
