@@ -46,7 +46,8 @@ def read_case(path: pathlib.Path, case: Case, manifest: Manifest) -> np.ndarray:
 def write_png(path: pathlib.Path, classes: np.ndarray, *, num_classes: int) -> None:
   """Writes the class map of an image as a grey PNG at its own size.
 
-  Pixels are class ids or, where there are two classes, 0 and 255, so that people see something. The file exists whole or not at all.
+  Pixels are class ids or, where there are two classes, 0 and 255, so that people see something. The file
+  exists whole or not at all.
 
   Args:
     path: the file.
