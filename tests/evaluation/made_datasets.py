@@ -7,7 +7,7 @@ import numpy as np
 
 from selfreg_jax.data import manifest as manifests
 from selfreg_jax.data.manifest import Case, DatasetInfo, Intensity, Manifest
-from selfreg_jax.models.factory import build_model, initial_variables
+from selfreg_jax.models.factory import abstract_variables, build_model
 from selfreg_jax.training.checkpoints import Checkpoints
 from tests.conftest import make_small_config
 
@@ -65,8 +65,11 @@ def write_run(data, workdir, *, seed=0, fold=-1):
   config.data.fold = fold
   info = DatasetInfo.of(manifests.load(data))
   model = build_model(config.model, len(info.classes))
-  initialize = jax.jit(lambda key: initial_variables(model, key, config.data.image_size, info.channels))
-  variables = initialize(jax.random.key(seed))
+  shapes, rng = abstract_variables(model, config.data.image_size, info.channels), np.random.default_rng(seed)
+  variables = {
+    "params": jax.tree.map(lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(leaf.dtype), shapes["params"]),
+    "batch_stats": jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes["batch_stats"]),
+  }
   workdir.mkdir(parents=True)
   with Checkpoints(workdir) as checkpoints:
     checkpoints.save_weights(variables, config, info)
