@@ -56,6 +56,15 @@ def test_mistakes_in_training_are_told_in_a_message(tmp_path, flags, messages):
     (["--workdir=nowhere", "--probabilities"], ["--probabilities goes with --input"]),
     (["--workdir=nowhere", "--input=x", "--output=y", "--split=val"], ["--split"]),
     (["--workdir=nowhere", "--split=all"], ["test"]),
+    ([], ["--workdir=DIR", "--workdirs"]),
+    (["--workdir=a", "--workdirs=b*"], ["one of the two"]),
+    (["--workdir=a", "--ensemble"], ["--ensemble goes with --workdirs"]),
+    (["--workdir=a", "--workers=0"], ["--workers=0: at least 1"]),
+    (["--workdir=a", "--compare=b", "--output=c"], ["--compare", "--output"]),
+    (["--workdirs=a*", "--compare=b"], ["--compare", "--workdirs"]),
+    (["--workdirs=a*", "--input=x", "--output=y"], ["needs --ensemble"]),
+    (["--workdirs=nowhere_*"], ["--workdirs=nowhere_*: matches no folder"]),
+    (["--workdir=nowhere", "--resize=nearest"], ["labels"]),
   ],
 )
 def test_mistakes_in_evaluation_are_told_in_a_message(flags, messages):

@@ -48,7 +48,7 @@ def predict_folder(
   kind = predictor.dataset.kind
   files = find_inputs(pathlib.Path(folder), pathlib.Path(output), kind=kind)
   make_folder(pathlib.Path(output))
-  console.print(f"predicting  {len(files)} files; options: {predictor.options}", markup=False, highlight=False)
+  console.print(f"options     {predictor.options}", markup=False, highlight=False)
   predict = _predict_volume if kind == "volume" else _predict_image
   written, faults = [], []
   for number, (name, path) in enumerate(files.items(), 1):

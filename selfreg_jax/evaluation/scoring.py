@@ -193,7 +193,8 @@ def score_dataset(
   output = pathlib.Path(output)
   _clear(output)
   say = functools.partial(console.print, markup=False, highlight=False)
-  say(f"scoring     {len(split_cases)} {split} cases of {directory}; options: {predictor.options}")
+  say(f"scoring     {len(split_cases)} {split} cases of {directory}")
+  say(f"options     {predictor.options}")
 
   scorer = CaseScorer.for_dataset(manifest, directory, output, postprocess=predictor.options.postprocess)
   arrays = CaseArrays(directory)

@@ -1,0 +1,163 @@
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+from scipy import stats
+
+from selfreg_jax.errors import UserError
+from selfreg_jax.evaluation import compare, pooling, protocols, scoring
+from selfreg_jax.evaluation.options import Options
+from selfreg_jax.predictor import load_ensemble, load_trained
+from tests.evaluation.made_datasets import write_image_dataset, write_run
+
+NAMES = ("background", "a", "b")
+
+
+def quiet():
+  return Console(width=100, record=True, file=open("/dev/null", "w"))
+
+
+def tables(dice):
+  """Sound-protocol scores of cases with the given Dice, (cases, 2)."""
+  zeros = dict.fromkeys((*protocols.METRICS["sound"], *protocols.FLAGS), 0.0)
+  return {
+    f"case{n}": {c: {**zeros, "dice": float(value)} for c, value in enumerate(row, 1)} for n, row in enumerate(dice)
+  }
+
+
+def test_equal_runs_do_not_differ_and_cannot_be_tested():
+  values = np.array([0.1, 0.5, 0.9])
+  found = compare.paired_difference(values, values)
+  assert (found["difference"], found["interval"], found["p"]) == (0, [0, 0], None)
+  assert (found["n"], found["equal"]) == (3, 3)
+
+
+def test_all_of_six_better_is_the_known_p_value():
+  found = compare.paired_difference(np.arange(1.0, 7), np.zeros(6))
+  assert found["difference"] == found["ours"] == 3.5
+  assert found["other"] == 0
+  assert found["p"] == pytest.approx(2 / 2**6)  # two of the 64 sign patterns are as extreme
+  low, high = found["interval"]
+  assert 2.0 < low < 3.5 < high < 5.0
+
+
+def test_pairs_that_one_run_did_not_score_are_left_out():
+  found = compare.paired_difference(np.array([1, np.nan, 3, 4.0]), np.array([0.0, 1, np.nan, 4]))
+  assert (found["n"], found["equal"], found["difference"]) == (2, 1, 0.5)
+  nothing = compare.paired_difference(np.full(2, np.nan), np.zeros(2))
+  assert nothing == {"n": 0, "equal": 0} | dict.fromkeys(("ours", "other", "difference", "interval", "p"))
+  assert compare.paired_difference(np.ones(1), np.zeros(1))["interval"] is None
+
+
+def test_the_interval_is_that_of_the_mean():
+  rng = np.random.default_rng(1)
+  ours, other = rng.normal(0.3, 1, 400), rng.normal(0, 1, 400)
+  low, high = compare.paired_difference(ours, other)["interval"]
+  half = 1.96 * np.std(ours - other, ddof=1) / 20
+  np.testing.assert_allclose([low, high], np.mean(ours - other) + np.array([-half, half]), atol=0.01)
+
+
+def test_classes_are_paired_one_by_one_and_cases_by_their_mean():
+  rng = np.random.default_rng(0)
+  ours, other = rng.uniform(size=(2, 12, 2))
+  ours[3, 1] = np.nan
+  found = compare.compare(tables(ours), tables(other), NAMES, protocol="sound")
+  keep = np.arange(12) != 3
+  expected = stats.wilcoxon(ours[keep, 1], other[keep, 1]).pvalue
+  assert found["classes"]["b"]["dice"]["p"] == pytest.approx(expected)
+  assert found["classes"]["b"]["dice"]["n"] == 11
+  difference = (ours - other).mean(axis=1)
+  difference[3] = ours[3, 0] - other[3, 0]
+  assert found["mean"]["dice"]["difference"] == pytest.approx(difference.mean())
+  assert found["mean"]["dice"]["p"] == pytest.approx(stats.wilcoxon(difference).pvalue)
+  with pytest.raises(ValueError, match="other cases"):
+    compare.compare(tables(ours), tables(other[:4]), NAMES, protocol="sound")
+
+
+def test_the_spread_over_runs():
+  def block(dice):
+    cases = tables(dice)
+    return protocols.summarize(cases, NAMES, protocol="sound", resamples=20)
+
+  found = pooling.pool([block([[0.2, 0.4]]), block([[0.4, np.nan]]), block([[0.9, 0.6]])])
+  assert found["classes"]["a"]["dice"] == {
+    "mean": pytest.approx(0.5), "deviation": pytest.approx(np.sqrt(0.13)), "n": 3
+  }  # fmt: skip
+  assert found["classes"]["b"]["dice"] == {
+    "mean": pytest.approx(0.5), "deviation": pytest.approx(np.sqrt(0.02)), "n": 2
+  }  # fmt: skip
+  assert pooling.pool([block([[0.2, 0.4]])])["mean"]["dice"]["deviation"] is None
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+  """Two runs, on the two folds of a dataset of images."""
+  folder = tmp_path_factory.mktemp("folds")
+  write_image_dataset(folder / "data", folds=(("tissue_0", "tissue_2"), ("tissue_1", "tissue_3")))
+  for fold in (0, 1):
+    write_run(folder / "data", folder / f"run_{fold}", seed=fold, fold=fold)
+  return folder
+
+
+def test_two_runs_are_compared_on_the_same_cases(runs):
+  console = quiet()
+  result = compare.compare_workdirs(runs / "run_0", runs / "run_1", scoring.Request(), console=console)
+  output = runs / "run_0" / "eval" / "test"
+  assert json.loads((output / "compare.json").read_text()) == result
+  entry = result["protocols"]["sound"]["mean"]["dice"]
+  summaries = [json.loads((runs / name / "eval/test/summary.json").read_text()) for name in ("run_0", "run_1")]
+  ours, other = (summary["protocols"]["sound"]["mean"]["dice"] for summary in summaries)
+  assert entry["difference"] == pytest.approx(ours - other)
+  assert entry["n"] == 2
+  assert "Wilcoxon p" in console.export_text()
+  with pytest.raises(UserError, match="other cases"):
+    compare.compare_workdirs(runs / "run_0", runs / "run_1", scoring.Request(split="val"), console=quiet())
+
+
+def test_folds_score_their_own_cases_and_are_pooled(runs):
+  workdirs = pooling.find_workdirs(str(runs / "run_*"))
+  assert [path.name for path in workdirs] == ["run_0", "run_1"]
+  output = pooling.default_output(workdirs, "eval_pooled")
+  assert output == runs / "eval_pooled"
+  result = pooling.pool_workdirs(workdirs, scoring.Request(split="val"), output=output, console=quiet())
+  assert json.loads((output / "pooled.json").read_text()) == result
+  assert [run["cases"] for run in result["runs"]] == [2, 2]
+  assert result["together"]["sound"]["cases"] == 4
+  assert result["protocols"]["sound"]["mean"]["dice"]["n"] == 2
+  seeds = pooling.pool_workdirs(workdirs, scoring.Request(), output=output, console=quiet())
+  assert seeds["together"] is None  # both scored the same test cases
+
+
+def test_an_ensemble_averages_probabilities(runs):
+  workdirs = [runs / "run_0", runs / "run_1"]
+  image = np.load(runs / "data/cases/tissue_4.image.npy")[0]
+  members = [scoring.Predictor(load_trained(workdir))(image, probabilities=True)[1] for workdir in workdirs]
+  _, both = load_ensemble(workdirs)(image, probabilities=True)
+  np.testing.assert_allclose(both, (members[0] + members[1]) / 2, atol=1e-6)
+  request = scoring.Request(options=Options(tta=True))
+  summary = pooling.score_ensemble(workdirs, request, output=runs / "ensemble", console=quiet())
+  assert summary["ensemble"] == [str(workdir) for workdir in workdirs]
+  assert summary["cases"] == 2
+  with pytest.raises(UserError, match="different folds"):
+    pooling.score_ensemble(workdirs, scoring.Request(split="val"), output=runs / "ensemble", console=quiet())
+
+
+def test_networks_of_other_sizes_cannot_be_averaged(runs, monkeypatch):
+  original = load_trained
+
+  def other_size(workdir, **options):
+    trained = original(workdir, **options)
+    if workdir.name == "run_1":
+      trained.config.data.image_size = 64
+    return trained
+
+  monkeypatch.setattr("selfreg_jax.predictor.load_trained", other_size)
+  with pytest.raises(UserError, match=r"run_1: image_size is 64, in .*run_0 32"):
+    load_ensemble([runs / "run_0", runs / "run_1"])
+
+
+def test_a_pattern_without_runs_is_refused(tmp_path):
+  (tmp_path / "x").mkdir()
+  with pytest.raises(UserError, match="none the workdir of a training run"):
+    pooling.find_workdirs(str(tmp_path / "*"))
