@@ -1,10 +1,12 @@
-"""Scores the best checkpoint of a run, or predicts unlabelled files with it.
+"""Scores the best checkpoint of a run, compares or pools runs, or predicts unlabelled files.
 
-python eval.py --workdir=DIR [--split=test|val] [--data=OTHER_PREPARED_DIR]
+python eval.py --workdir=DIR [--split=test|val] [--data=OTHER_PREPARED_DIR] [--tta] [--resize=logits] [--postprocess]
+python eval.py --workdir=DIR --compare=OTHER_DIR
+python eval.py --workdirs='runs/glas_*' [--ensemble] [--output=FOLDER]
 python eval.py --workdir=DIR --input=FOLDER --output=FOLDER [--probabilities]
 """
 
-import pathlib
+import os
 import sys
 
 from absl import app, flags
@@ -12,13 +14,23 @@ from absl import app, flags
 from selfreg_jax.errors import UserError, parse_flags, run_command
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of train.py.")
+_WORKDIRS = flags.DEFINE_string("workdirs", None, "Several workdirs, as a quoted pattern: each is scored, all pooled.")
+_ENSEMBLE = flags.DEFINE_bool("ensemble", False, "With --workdirs: average their probabilities and take them as one.")
+_COMPARE = flags.DEFINE_string("compare", None, "Another workdir: scores both and tests their paired difference.")
 _CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "Best by validation Dice, or the newest.")
 _SPLIT = flags.DEFINE_enum("split", "test", ["test", "val", "train"], "Split whose cases are scored.")
 _DATA = flags.DEFINE_string("data", None, "Another prepared dataset to score; default: the one trained on.")
-_INPUT = flags.DEFINE_string("input", None, "Folder of NIfTI files to predict instead of scoring a dataset.")
-_OUTPUT = flags.DEFINE_string("output", None, "Folder for the results; default when scoring: WORKDIR/eval/SPLIT.")
+_WORKERS = flags.DEFINE_integer("workers", os.cpu_count(), "Processes that score cases; the results are the same.")
+_TTA = flags.DEFINE_bool("tta", False, "Average the softmax over the four mirrorings of rows and columns.")
+_RESIZE = flags.DEFINE_enum("resize", "labels", ["labels", "logits"], "What is brought back to the native grid.")
+_POSTPROCESS = flags.DEFINE_bool("postprocess", False, "Keep the largest connected component of each class.")
+_INPUT = flags.DEFINE_string("input", None, "Folder of NIfTI files, or images, to predict instead of scoring.")
+_OUTPUT = flags.DEFINE_string(
+  "output",
+  None,
+  "Folder for the results; default: WORKDIR/eval/SPLIT, or eval_pooled or eval_ensemble beside --workdirs.",
+)
 _PROBABILITIES = flags.DEFINE_bool("probabilities", False, "With --input: also write softmax probabilities.")
-flags.mark_flags_as_required(["workdir"])
 
 
 def main(argv: list[str]) -> int:
@@ -27,33 +39,62 @@ def main(argv: list[str]) -> int:
   return run_command(evaluate)
 
 
-def evaluate() -> None:
-  """Scores a dataset or predicts a folder."""
-  if _INPUT.value and not _OUTPUT.value:
-    raise UserError("--input needs --output, the folder for the predictions")
+def check_flags() -> None:
+  """Raises UserError where flags do not go together."""
+  if bool(_WORKDIR.value) == bool(_WORKDIRS.value):
+    raise UserError("give --workdir=DIR, or several with --workdirs='PATTERN' (one of the two)")
+  if _ENSEMBLE.value and not _WORKDIRS.value:
+    raise UserError("--ensemble goes with --workdirs='PATTERN'")
+  if _WORKERS.value < 1:
+    raise UserError(f"--workers={_WORKERS.value}: at least 1")
   if _PROBABILITIES.value and not _INPUT.value:
     raise UserError("--probabilities goes with --input")
-  if _INPUT.value and (_DATA.value or flags.FLAGS["split"].present):
+  if _COMPARE.value and (_WORKDIRS.value or _INPUT.value or _OUTPUT.value):
     raise UserError(
-      "--input predicts unlabelled files; --data and --split score a prepared dataset: give one or the other"
+      "--compare scores --workdir and the other one, each into its own eval folder; it does not go with --workdirs, "
+      "--input or --output"
     )
+  if not _INPUT.value:
+    return
+  if not _OUTPUT.value:
+    raise UserError("--input needs --output, the folder for the predictions")
+  if _DATA.value or flags.FLAGS["split"].present or flags.FLAGS["workers"].present:
+    raise UserError(
+      "--input predicts unlabelled files; --data, --split and --workers score a prepared dataset: give one or the other"
+    )
+  if _WORKDIRS.value and not _ENSEMBLE.value:
+    raise UserError("--input with --workdirs needs --ensemble: one class map a file is written")
+
+
+def evaluate() -> None:
+  """Scores, compares, pools or predicts."""
+  check_flags()
   # Imported after the flags were checked: a wrong flag is told at once, not after JAX has started.
   from rich.console import Console
 
-  from selfreg_jax import predictor as predictors
-  from selfreg_jax.evaluation import scoring
+  from selfreg_jax.evaluation import compare, pooling, prediction, scoring
+  from selfreg_jax.evaluation.options import Options
+  from selfreg_jax.predictor import load_ensemble
 
   console = Console(width=None if sys.stdout.isatty() else 100)
-  predictor = predictors.load(_WORKDIR.value, checkpoint=_CHECKPOINT.value)
+  options = Options(_TTA.value, _RESIZE.value, _POSTPROCESS.value)
+  request = scoring.Request(_SPLIT.value, _DATA.value, _CHECKPOINT.value, options, _WORKERS.value)
+  workdirs = pooling.find_workdirs(_WORKDIRS.value) if _WORKDIRS.value else [_WORKDIR.value]
   if _INPUT.value:
-    scoring.predict_folder(predictor, _INPUT.value, _OUTPUT.value, probabilities=_PROBABILITIES.value, console=console)
-    return
-  name = _SPLIT.value if _DATA.value is None else f"{pathlib.Path(_DATA.value).resolve().name}_{_SPLIT.value}"
-  output = _OUTPUT.value or pathlib.Path(_WORKDIR.value) / "eval" / name
-  data = pathlib.Path(_DATA.value or predictor.config.data.dir)
-  if not data.is_dir():
-    raise UserError(f"{data}: no such folder; if the dataset has moved, give its new place with --data=DIR")
-  scoring.score_dataset(predictor, data, split=_SPLIT.value, output=output, console=console)
+    predictor = load_ensemble(workdirs, checkpoint=_CHECKPOINT.value, options=options)
+    prediction.predict_folder(
+      predictor, _INPUT.value, _OUTPUT.value, probabilities=_PROBABILITIES.value, console=console
+    )
+  elif _COMPARE.value:
+    compare.compare_workdirs(_WORKDIR.value, _COMPARE.value, request, console=console)
+  elif _ENSEMBLE.value:
+    output = _OUTPUT.value or pooling.default_output(workdirs, "eval_ensemble")
+    pooling.score_ensemble(workdirs, request, output=output, console=console)
+  elif _WORKDIRS.value:
+    output = _OUTPUT.value or pooling.default_output(workdirs, "eval_pooled")
+    pooling.pool_workdirs(workdirs, request, output=output, console=console)
+  else:
+    scoring.evaluate_workdir(_WORKDIR.value, request, output=_OUTPUT.value, console=console)
 
 
 if __name__ == "__main__":

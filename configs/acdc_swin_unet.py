@@ -10,8 +10,9 @@ Published (paper protocol, 20 test patients): Swin-Unet 90.00 % Dice, with SCR a
 
 Behind a colon: `:baseline` (neither term), `:scr`, `:ifd`, `:selfreg` (both, the default).
 
-Time, estimated from a measured step (batch 8, float32, two CPU cores): 400 epochs of about 1,300 slices at 1.1 slices a second are
-5 to 6 days. Not measured on a GPU yet.
+Time, estimated from a measured step (batch 8, float32, two CPU cores):
+400 epochs of about 1,300 slices at 1.1 slices a second are 5 to 6 days.
+Not measured on a GPU yet.
 """
 
 from selfreg_jax import config as configs

@@ -8,8 +8,9 @@ nnU-Net 91.61.
 
 Behind a colon: `:baseline` (neither term), `:scr`, `:ifd`, `:selfreg` (both, the default).
 
-Time, estimated from a measured step (batch 8, float32, two CPU cores): 400 epochs of about 1,300 slices at 0.7 slices a second are
-9 days. Not measured on a GPU yet.
+Time, estimated from a measured step (batch 8, float32, two CPU cores):
+400 epochs of about 1,300 slices at 0.7 slices a second are 9 days.
+Not measured on a GPU yet.
 """
 
 from selfreg_jax import config as configs

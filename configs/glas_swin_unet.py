@@ -12,8 +12,9 @@ The paper has no number for the Swin-Unet on this dataset; the UNet's stand here
 Published (paper protocol, 80 test images): UNet 85.45 % Dice, UCTransNet 90.18, UNet with SCR and IFD 91.62 in the main
 table; its ablation has 90.66 with SCR, 89.38 with IFD, 90.93 with both. An independent re-run got 89.30.
 
-Time, estimated from a measured step (batch 8, float32, two CPU cores): some 150 epochs of 68 images until it stops at 1.1 images a second are
-3 hours. Not measured on a GPU yet.
+Time, estimated from a measured step (batch 8, float32, two CPU cores):
+some 150 epochs of 68 images until it stops at 1.1 images a second are 3 hours.
+Not measured on a GPU yet.
 """
 
 from selfreg_jax import config as configs

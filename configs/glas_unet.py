@@ -10,8 +10,9 @@ with --folds=5 and train once for each --config.data.fold.
 Published (paper protocol, 80 test images): UNet 85.45 % Dice, UCTransNet 90.18, UNet with SCR and IFD 91.62 in the main
 table; its ablation has 90.66 with SCR, 89.38 with IFD, 90.93 with both. An independent re-run got 89.30.
 
-Time, estimated from a measured step (batch 8, float32, two CPU cores): some 150 epochs of 68 images until it stops at 0.7 images a second are
-4 hours. Not measured on a GPU yet.
+Time, estimated from a measured step (batch 8, float32, two CPU cores):
+some 150 epochs of 68 images until it stops at 0.7 images a second are 4 hours.
+Not measured on a GPU yet.
 """
 
 from selfreg_jax import config as configs

@@ -12,8 +12,9 @@ The paper has no number for the Swin-Unet on this dataset; the UNet's stand here
 Published (paper protocol, 14 test images): UNet 76.45 % Dice (others measured 78.23), with SCR 79.92, with IFD 79.38,
 with both 80.18.
 
-Time, estimated from a measured step (batch 8, float32, two CPU cores): some 150 epochs of 24 images until it stops at 1.1 images a second are
-1 hour. Not measured on a GPU yet.
+Time, estimated from a measured step (batch 8, float32, two CPU cores):
+some 150 epochs of 24 images until it stops at 1.1 images a second are 1 hour.
+Not measured on a GPU yet.
 """
 
 from selfreg_jax import config as configs

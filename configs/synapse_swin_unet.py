@@ -11,8 +11,9 @@ Independent re-runs of the plain Swin-Unet gave 76.0 to 78.0.
 
 Behind a colon: `:baseline` (neither term), `:scr`, `:ifd`, `:selfreg` (both, the default).
 
-Time, estimated from a measured step (batch 8, float32, two CPU cores): 150 epochs of 2,211 slices at 1.1 slices a second are
-3 to 4 days. Not measured on a GPU yet.
+Time, estimated from a measured step (batch 8, float32, two CPU cores):
+150 epochs of 2,211 slices at 1.1 slices a second are 3 to 4 days.
+Not measured on a GPU yet.
 """
 
 from selfreg_jax import config as configs

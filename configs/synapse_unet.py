@@ -8,8 +8,9 @@ reports 3.49 points more Dice, 80.34. One run: expect a point up or down.
 
 Behind a colon: `:baseline` (neither term), `:scr`, `:ifd`, `:selfreg` (both, the default).
 
-Time, estimated from a measured step (batch 8, float32, two CPU cores): 150 epochs of 2,211 slices at 0.7 slices a second are
-5 to 6 days. Not measured on a GPU yet.
+Time, estimated from a measured step (batch 8, float32, two CPU cores):
+150 epochs of 2,211 slices at 0.7 slices a second are 5 to 6 days.
+Not measured on a GPU yet.
 """
 
 from selfreg_jax import config as configs

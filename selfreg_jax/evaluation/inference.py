@@ -13,12 +13,11 @@ from scipy import ndimage
 
 from selfreg_jax import mesh as meshes
 from selfreg_jax.data import augment
+from selfreg_jax.evaluation.options import RESIZES
 
 Array = jax.Array
 PredictFn = Callable[[Array], Array]
 Finish = Callable[[Array], tuple[Array, ...]]
-
-RESIZES = ("labels", "logits")
 
 
 def make_apply(model: nn.Module) -> Callable[[Any, Array], Array]:

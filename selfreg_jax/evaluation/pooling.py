@@ -1,142 +1,210 @@
-"""Several runs of one config, with other seeds or on other folds, as one result with its spread."""
+"""Several runs of one config: the spread of their scores over seeds or folds, or their networks as one."""
 
-import itertools
+import glob
+import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from rich import box, console, table, text
+from rich import box, table, text
+from rich.console import Console
 
 from selfreg_jax.errors import UserError
-from selfreg_jax.evaluation import protocols, report
+from selfreg_jax.evaluation import protocols, report, scoring
+from selfreg_jax.evaluation.scoring import Request, Scores
+from selfreg_jax.predictor import load_ensemble
+from selfreg_jax.training.checkpoints import FOLDER
+
+_SHOWN = {
+  "dice": ("Dice %", 100.0),
+  "hd95": ("HD95 {unit}", 1.0),
+  "assd": ("ASSD {unit}", 1.0),
+  "nsd": ("NSD %", 100.0),
+}
 
 
-def pool_runs(
-  runs: Mapping[str, Mapping[str, protocols.ClassTable]],
-  class_names: Sequence[str],
-  *,
-  protocol: str,
-  resamples: int = 10_000,
-  seed: int = 0,
+def find_workdirs(pattern: str) -> list[pathlib.Path]:
+  """The workdirs of runs that a glob pattern matches, sorted; raises UserError where there are none."""
+  found = sorted(pathlib.Path(path) for path in glob.glob(pattern))
+  workdirs = [path for path in found if (path / FOLDER).is_dir()]
+  if not workdirs:
+    what = "matches no folder" if not found else f"matches {len(found)} path(s), none the workdir of a training run"
+    raise UserError(f"--workdirs={pattern}: {what}")
+  return workdirs
+
+
+def default_output(workdirs: Sequence[pathlib.Path], name: str) -> pathlib.Path:
+  """The folder `name` beside the workdirs: in the deepest folder that holds all of them."""
+  return pathlib.Path(os.path.commonpath([path.absolute().parent for path in workdirs])) / name
+
+
+def pool_workdirs(
+  workdirs: Sequence[pathlib.Path], request: Request, *, output: str | os.PathLike, console: Console
 ) -> dict[str, Any]:
-  """Mean and deviation over runs, of the means over cases and classes that `protocols.summarize` gives for each run.
+  """Scores every workdir, each into its own eval folder (results that are up to date are taken), and pools them.
 
-  Runs with different seeds are scored on the same cases: the deviation is that of the seed. Folds of a cross-validation
-  are scored on cases of their own: the deviation then holds the difference between the folds' cases too, and the
-  held-out cases of all folds are also summarized as one set, in which each case counts the same.
+  Runs on several folds of one dataset each score their own held-out cases with the split "val"; the scores of all
+  held-out cases together are given too, where no case was scored by two runs.
 
   Args:
-    runs: name -> case id -> what `protocols.evaluate_case` gave for it under this protocol.
-    class_names: names by class id, the background's first.
-    protocol: "sound" or "paper".
-    resamples: number of bootstrap resamples of the held-out cases together.
-    seed: of the resampling.
+    workdirs: of the runs.
+    request: what is to be scored, the same for all.
+    output: folder for `pooled.json`.
+    console: where to print.
 
   Returns:
-    {"mean": {metric: row}, "classes": {name: {metric: row}}, "runs": names, "case_sets": "same" or "disjoint",
-    "cases": different cases in all, "all_cases": what `protocols.summarize` gives for the cases of disjoint runs
-    together, else None}, each row {"mean": over runs, "deviation": with n - 1 in the denominator, "n": runs that scored
-    it, "values": {name: the run's mean}}, fit for strict JSON: None stands for what is undefined.
+    What was written: {"runs": [...], "split", "options", "unit", "protocols": {protocol: what `pool` gave}, "together":
+    {protocol: what `protocols.summarize` gave} or None}.
 
   Raises:
-    UserError: the runs' cases are neither the same in all nor different in all.
-    ValueError: there are no runs, a run has no cases, or a case does not hold the classes that are named.
+    UserError: as `scoring.evaluate_workdir`, or the runs have other classes.
   """
-  if not runs:
-    raise ValueError("there are no runs to pool")
-  case_sets = _relation({name: set(cases) for name, cases in runs.items()})
-  values = {name: protocols.scores_array(cases, class_names, protocol=protocol) for name, cases in runs.items()}
-  class_means = {name: protocols.mean_scored(array, axis=0) for name, array in values.items()}  # (classes, metrics)
-  means = {name: protocols.mean_scored(array, axis=0) for name, array in class_means.items()}  # (metrics,)
-  metrics = protocols.METRICS[protocol]
-  together = {case_id: scores for cases in runs.values() for case_id, scores in cases.items()}
-  all_cases = None
-  if case_sets == "disjoint":
-    all_cases = protocols.summarize(together, class_names, protocol=protocol, resamples=resamples, seed=seed)
-  return {
-    "mean": {metric: _row({name: array[m] for name, array in means.items()}) for m, metric in enumerate(metrics)},
-    "classes": {
-      class_name: {
-        metric: _row({name: array[c, m] for name, array in class_means.items()}) for m, metric in enumerate(metrics)
+  evaluations = [scoring.evaluate_workdir(workdir, request, console=console, reuse=True) for workdir in workdirs]
+  first = evaluations[0].summary
+  names = ["background", *first["protocols"]["sound"]["classes"]]
+  for workdir, evaluation in zip(workdirs, evaluations, strict=True):
+    theirs = list(evaluation.summary["protocols"]["sound"]["classes"])
+    if theirs != names[1:] or evaluation.summary["unit"] != first["unit"]:
+      raise UserError(f"{workdir}: its classes ({', '.join(theirs)}) or unit are not those of {workdirs[0]}")
+  scores = [evaluation.scores for evaluation in evaluations]
+  together = _together(scores)
+  result = {
+    "runs": [
+      {
+        "workdir": str(workdir),
+        "data": evaluation.summary["data"],
+        "checkpoint": evaluation.summary["checkpoint"],
+        "cases": evaluation.summary["cases"],
       }
-      for c, class_name in enumerate(class_names[1:])
+      for workdir, evaluation in zip(workdirs, evaluations, strict=True)
+    ],
+    "split": request.split,
+    "options": request.options.to_json(),
+    "unit": first["unit"],
+    "protocols": {
+      name: pool([evaluation.summary["protocols"][name] for evaluation in evaluations]) for name in protocols.PROTOCOLS
     },
-    "runs": list(runs),
-    "case_sets": case_sets,
-    "cases": len(together),
-    "all_cases": all_cases,
+    "together": None if together is None else _summaries(together, names),
   }
+  output = pathlib.Path(output)
+  scoring.make_folder(output)
+  report.write_summary(output / "pooled.json", result)
+  for name, block in result["protocols"].items():
+    print_pooled(block, console, protocol=name, unit=scoring.distance_unit(name, first))
+  if result["together"]:
+    console.print(f"all {sum(run['cases'] for run in result['runs'])} cases, each scored by one run, together:")
+    for name, block in result["together"].items():
+      report.print_table(block, console, protocol=name, kind=first["kind"], unit=scoring.distance_unit(name, first))
+  console.print(f"results     {output / 'pooled.json'}", markup=False, highlight=False)
+  return result
 
 
-def _relation(case_ids: Mapping[str, set[str]]) -> str:
-  """Whether runs share all of their cases or none; one run alone shares them."""
-  pairs = list(itertools.combinations(case_ids, 2))
-  if all(case_ids[first] == case_ids[second] for first, second in pairs):
-    return "same"
-  if all(case_ids[first].isdisjoint(case_ids[second]) for first, second in pairs):
-    return "disjoint"
-  for first, second in pairs:
-    shared = len(case_ids[first] & case_ids[second])
-    if shared and case_ids[first] != case_ids[second]:
-      counts = f"{shared} of the {len(case_ids[first])} cases of {first} and the {len(case_ids[second])} of {second}"
-      raise UserError(f"--workdirs: only {counts} are the same; pool runs of one split, or the folds of one dataset")
-  raise UserError(
-    "--workdirs: some runs were scored on the same cases and others on different ones; pool the seeds of one fold, or "
-    "one run of each fold"
-  )
-
-
-def _row(values: Mapping[str, float]) -> dict[str, Any]:
-  scored = np.array([value for value in values.values() if not np.isnan(value)])
-  return {
-    "mean": float(scored.mean()) if len(scored) else None,
-    "deviation": float(scored.std(ddof=1)) if len(scored) > 1 else None,
-    "n": len(scored),
-    "values": {name: protocols.json_number(value) for name, value in values.items()},
-  }
-
-
-def print_pool(block: Mapping[str, Any], output: console.Console, *, protocol: str, unit: str | None = None) -> None:
-  """Prints a pool of runs: a row a class, their mean, then each run's own mean over classes.
-
-  For folds a second table follows, of all held-out cases together.
+def pool(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """Mean and standard deviation over runs of what they scored.
 
   Args:
-    block: what `pool_runs` gave.
-    output: where to print; 100 columns are enough.
-    protocol: "sound" or "paper".
-    unit: of the distances; None: mm in the sound and voxels in the paper protocol.
+    blocks: of each run, what `protocols.summarize` gave under one protocol.
+
+  Returns:
+    {"mean": {metric: {"mean", "deviation", "n"}}, "classes": {name: the same}}; the deviation is the sample's
+    (n - 1), None for fewer than two runs; runs that did not score a metric do not count.
   """
-  unit = unit or report.UNITS[protocol]
-  kind = {"same": "the same cases", "disjoint": "different cases"}[block["case_sets"]]
-  title = f"{protocol} protocol, mean ± standard deviation over {len(block['runs'])} runs on {kind}"
-  output.print(text.Text(title, style="italic"), soft_wrap=True)
-  result = table.Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-  columns = {"dice": ("Dice %", 100), "hd95": (f"HD95 {unit}", 1), "assd": (f"ASSD {unit}", 1), "nsd": ("NSD %", 100)}
-  columns = {metric: column for metric, column in columns.items() if metric in protocols.METRICS[protocol]}
-  result.add_column("class", overflow="fold", max_width=24)
-  for heading, _ in columns.values():
-    result.add_column(heading, justify="right", no_wrap=True)
-  result.add_column("runs", justify="right", no_wrap=True)
-
-  def add_row(name: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
-    cells = [_mean_and_deviation(rows[metric], factor) for metric, (_, factor) in columns.items()]
-    result.add_row(text.Text(name), *cells, str(rows["dice"]["n"]))
-
-  for name, rows in block["classes"].items():
-    add_row(name, rows)
-  result.add_section()
-  add_row("mean", block["mean"])
-  result.add_section()
-  for name in block["runs"]:
-    cells = [report.fixed(block["mean"][metric]["values"][name], factor) for metric, (_, factor) in columns.items()]
-    result.add_row(text.Text(name), *cells, "")
-  output.print(result)
-  if block["all_cases"] is not None:
-    output.print(f"All {block['cases']} held-out cases together:", highlight=False)
-    report.print_table(block["all_cases"], output, protocol=protocol, unit=unit)
+  return {
+    "mean": _spread([block["mean"] for block in blocks]),
+    "classes": {name: _spread([block["classes"][name] for block in blocks]) for name in blocks[0]["classes"]},
+  }
 
 
-def _mean_and_deviation(row: Mapping[str, Any], factor: float) -> str:
-  spread = "" if row["deviation"] is None else f" ± {factor * row['deviation']:.2f}"
-  return report.fixed(row["mean"], factor) + spread
+def _spread(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+  metrics = [name for name in protocols.METRICS["sound"] if name in rows[0]]
+  spread = {}
+  for metric in metrics:
+    values = np.array([row[metric] for row in rows if row[metric] is not None])
+    spread[metric] = {
+      "mean": float(values.mean()) if len(values) else None,
+      "deviation": float(values.std(ddof=1)) if len(values) > 1 else None,
+      "n": len(values),
+    }
+  return spread
+
+
+def _together(scores: Sequence[Scores]) -> Scores | None:
+  """All cases of several runs; None where one run says it all, or a case was scored twice."""
+  ids = [case_id for one in scores for case_id in one["sound"]]
+  if len(scores) == 1 or len(set(ids)) < len(ids):
+    return None
+  return {name: {key: value for one in scores for key, value in one[name].items()} for name in protocols.PROTOCOLS}
+
+
+def _summaries(scores: Scores, class_names: Sequence[str]) -> dict[str, Any]:
+  return {name: protocols.summarize(table, class_names, protocol=name) for name, table in scores.items()}
+
+
+def print_pooled(block: Mapping[str, Any], console: Console, *, protocol: str, unit: str) -> None:
+  """Prints one protocol's pooled scores: a row a class, the mean over classes last.
+
+  Args:
+    block: what `pool` gave.
+    console: where to print; 100 columns are enough.
+    protocol: "sound" or "paper".
+    unit: of the distances.
+  """
+  result = table.Table(
+    title=f"{protocol} protocol: mean and standard deviation over runs", title_justify="left", box=box.SIMPLE_HEAD,
+    padding=(0, 1, 0, 0),
+  )  # fmt: skip
+  result.add_column("class", overflow="fold", max_width=20)
+  shown = {metric: entry for metric, entry in _SHOWN.items() if metric in block["mean"]}
+  for title, _ in shown.values():
+    result.add_column(title.format(unit=unit), justify="right", no_wrap=True)
+  result.add_column("n", justify="right", no_wrap=True)
+  for name, row in (*block["classes"].items(), ("mean", block["mean"])):
+    if row is block["mean"]:
+      result.add_section()
+    cells = [_with_deviation(row[metric], factor) for metric, (_, factor) in shown.items()]
+    result.add_row(text.Text(name), *cells, str(row["dice"]["n"]))
+  console.print(result)
+
+
+def _with_deviation(entry: Mapping[str, Any], factor: float) -> str:
+  if entry["mean"] is None:
+    return "-"
+  deviation = "" if entry["deviation"] is None else f" ± {factor * entry['deviation']:.2f}"
+  return f"{factor * entry['mean']:.2f}{deviation}"
+
+
+def score_ensemble(
+  workdirs: Sequence[pathlib.Path], request: Request, *, output: str | os.PathLike, console: Console
+) -> dict[str, Any]:
+  """Scores the networks of several workdirs as one that averages their probabilities.
+
+  Args:
+    workdirs: of the runs; their networks were trained on data of one kind at one image size.
+    request: what is to be scored.
+    output: folder for the results; see `scoring.score_dataset`.
+    console: where to print.
+
+  Returns:
+    What was written to `summary.json`.
+
+  Raises:
+    UserError: the runs do not go together; as `scoring.score_dataset`.
+  """
+  predictor = load_ensemble(workdirs, checkpoint=request.checkpoint, options=request.options)
+  if request.data is None and len({config.data.dir for config in predictor.configs}) > 1:
+    raise UserError("--ensemble: these runs were trained on different datasets; say which is scored with --data=DIR")
+  if request.split != "test" and len({config.data.get("fold", -1) for config in predictor.configs}) > 1:
+    raise UserError(
+      f"--ensemble --split={request.split}: these runs were trained on different folds, each on cases that others "
+      "hold out; only --split=test is unseen by all"
+    )
+  return scoring.score_dataset(
+    predictor,
+    request.data,
+    split=request.split,
+    output=output,
+    console=console,
+    workers=request.workers,
+    members=[str(workdir) for workdir in workdirs],
+  )

@@ -22,6 +22,7 @@ FLAGS = ("missed", "invented")
 PROTOCOLS = tuple(METRICS)
 
 _SMOOTHING = 1e-5  # in the denominator of the Dice of images, as UCTransNet's evaluation has it
+_PER_MILLILITRE = 1000  # cubic millimetres
 _CONFIDENCE = (2.5, 97.5)  # percentiles of the 95 % interval
 _BOOTSTRAP_ENTRIES = 1 << 22  # resampling weights held at a time (32 MiB)
 
@@ -60,8 +61,9 @@ def evaluate_case(
 
   Returns:
     Class id (1 .. num_classes - 1) -> metric -> value: "dice", "jaccard", "hd95", "assd", in the sound protocol also
-    "nsd" and "volume_difference" (in the spacing's unit cubed, squared for an image); and the flags "missed" (in the
-    truth only) and "invented" (in the prediction only) as 0.0 or 1.0.
+    "nsd" and "volume_difference" (of a volume in thousands of the spacing's unit cubed, which for mm are millilitres;
+    of an image in the spacing's unit squared); and the flags "missed" (in the truth only) and "invented" (in the
+    prediction only) as 0.0 or 1.0.
 
   Raises:
     ValueError: shapes differ, arrays hold anything but class ids, the protocol is unknown or its spacing is missing.
@@ -124,7 +126,8 @@ def evaluate_protocols(
       diagonal = metrics.volume_diagonal(truth.shape, spacing=spacing)
       scores = _score_sound(overlap, predicted, true, spacing=spacing, diagonal=diagonal, tolerance=tolerance)
       excess = float(counts.fp[class_id]) - float(counts.fn[class_id])
-      scores["volume_difference"] = excess * math.prod(spacing) if len(predicted) or len(true) else math.nan
+      size = math.prod(spacing) / (_PER_MILLILITRE if prediction.ndim == 3 else 1)
+      scores["volume_difference"] = excess * size if len(predicted) or len(true) else math.nan
       tables["sound"][class_id] = {**scores, **flags}
     if "paper" in protocols:
       if prediction.ndim == 3:

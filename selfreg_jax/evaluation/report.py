@@ -19,7 +19,6 @@ from matplotlib import figure, patches
 from rich import box, console, table, text
 from scipy import ndimage
 
-from selfreg_jax.errors import UserError
 from selfreg_jax.evaluation import metrics, protocols
 
 # Classes 1, 2, ...: Okabe and Ito's seven colours, then always the one farthest from all before by the worst of normal,
@@ -31,12 +30,13 @@ _FILL = 0.45  # opacity of a class's inside; its contour is opaque
 
 UNITS = {"sound": "mm", "paper": "voxels"}
 _CAPTIONS = {
-  "sound": "sound protocol: a missed or invented class scores Dice 0 and the volume's diagonal",
-  "paper": "paper protocol, to compare with published tables: a missed class scores distance 0, an invented one Dice 1",
+  ("sound", "volume"): "sound protocol: a missed or invented class scores Dice 0 and the volume's diagonal",
+  ("paper", "volume"): (
+    "paper protocol, to compare with published tables: a missed class scores distance 0, an invented one Dice 1"
+  ),
+  ("sound", "image"): "sound protocol, at the images' own size: a missed or invented class scores Dice 0",
+  ("paper", "image"): "paper protocol, to compare with published tables: at the network's image size",
 }
-
-_CSV_SCORES = (*protocols.METRICS["sound"], *protocols.FLAGS)
-_CSV_COLUMNS = ("protocol", "case", "class_id", "class", *_CSV_SCORES)
 
 _BACKGROUND, _TEXT, _FAINT = "#101214", "#f2f2f2", "#9aa0a6"
 ERROR_COLORS = {"missed": (255, 255, 255), "extra": (255, 45, 149), "wrong class": (255, 212, 0)}
@@ -50,7 +50,14 @@ _AXIS = {code: axis for axis in ("RL", "AP", "SI") for code in axis}
 _VIEWS = {"SI": ("P", "L"), "AP": ("I", "L"), "RL": ("I", "P")}
 
 
-def print_table(block: Mapping[str, Any], output: console.Console, *, protocol: str, unit: str | None = None) -> None:
+def print_table(
+  block: Mapping[str, Any],
+  output: console.Console,
+  *,
+  protocol: str,
+  unit: str | None = None,
+  kind: str = "volume",
+) -> None:
   """Prints one protocol's results: a row a class, the mean over classes last.
 
   Args:
@@ -58,10 +65,11 @@ def print_table(block: Mapping[str, Any], output: console.Console, *, protocol: 
     output: where to print; 100 columns are enough.
     protocol: "sound" or "paper".
     unit: of the distances; None: mm in the sound and voxels in the paper protocol.
+    kind: "volume" or "image": of the cases.
   """
   unit = unit or UNITS[protocol]
   names = protocols.METRICS[protocol]
-  result = table.Table(title=_CAPTIONS[protocol], title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+  result = table.Table(title=_CAPTIONS[protocol, kind], title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
   result.add_column("class", overflow="fold", max_width=20)
   result.add_column("Dice % [95 % CI]", justify="right", no_wrap=True)
   result.add_column(f"HD95 {unit}", justify="right", no_wrap=True)
@@ -99,110 +107,53 @@ def write_cases_csv(
 ) -> None:
   """Writes every score, one row a protocol, case and class; an empty field was not scored.
 
-  Distances are in millimetres in the sound and in voxels in the paper protocol. The file exists whole or not at all.
+  Distances are in the dataset's unit in the sound and in voxels, or pixels, in the paper protocol; volume differences
+  are as `protocols.evaluate_case` gives them. The file exists whole or not at all.
 
   Args:
     path: the CSV file.
     cases_by_protocol: protocol -> case id -> what `protocols.evaluate_case` gave.
     class_names: names by class id, the background's first.
   """
+  columns = (*protocols.METRICS["sound"], *protocols.FLAGS)
   content = io.StringIO()
   writer = csv.writer(content, lineterminator="\n")
-  writer.writerow(_CSV_COLUMNS)
+  writer.writerow(("protocol", "case", "class_id", "class", *columns))
   for protocol, cases in cases_by_protocol.items():
     for case_id, scores in cases.items():
       for class_id, row in scores.items():
-        values = [_csv_field(name, row.get(name, math.nan)) for name in _CSV_SCORES]
+        values = [_csv_field(name, row.get(name, math.nan)) for name in columns]
         writer.writerow((protocol, case_id, class_id, class_names[class_id], *values))
   _write_whole(path, content.getvalue().encode())
+
+
+def read_cases_csv(path: str | os.PathLike) -> dict[str, dict[str, protocols.ClassTable]]:
+  """The scores that `write_cases_csv` wrote, to the last bit.
+
+  Args:
+    path: the CSV file.
+
+  Returns:
+    protocol -> case id -> class id -> metric or flag -> value.
+
+  Raises:
+    OSError: the file cannot be read.
+    KeyError: a column is missing.
+    ValueError: a value is no number.
+  """
+  scores: dict[str, dict[str, protocols.ClassTable]] = {}
+  with open(path, newline="", encoding="utf-8") as file:
+    for row in csv.DictReader(file):
+      names = (*protocols.METRICS[row["protocol"]], *protocols.FLAGS)
+      table = scores.setdefault(row["protocol"], {}).setdefault(row["case"], {})
+      table[int(row["class_id"])] = {name: float(row[name] or "nan") for name in names}
+  return scores
 
 
 def _csv_field(name: str, value: float) -> str:
   if math.isnan(value):
     return ""
   return str(int(value)) if name in protocols.FLAGS else repr(float(value))
-
-
-def read_cases_csv(
-  path: str | os.PathLike, class_names: Sequence[str]
-) -> dict[str, dict[str, dict[int, dict[str, float]]]]:
-  """Reads what `write_cases_csv` wrote, to the last bit.
-
-  Args:
-    path: the CSV file.
-    class_names: names by class id, the background's first; the file must be of these classes.
-
-  Returns:
-    Protocol -> case id -> what `protocols.evaluate_case` gave for it; nan where not scored.
-
-  Raises:
-    UserError: the file cannot be read, is not of this form or not complete, or is of other classes.
-  """
-  cases_by_protocol = {}
-  try:
-    with open(path, newline="", encoding="utf-8") as file:
-      reader = csv.reader(file, strict=True)
-      if tuple(next(reader, ())) != _CSV_COLUMNS:
-        raise UserError(
-          f"{path}: not a table of cases that eval.py of this version wrote (the first line must be "
-          f"{','.join(_CSV_COLUMNS)}); evaluate that run again"
-        )
-      for fields in reader:
-        protocol, case_id, class_id, row = _read_csv_row(fields, class_names, f"{path}, line {reader.line_num}")
-        case = cases_by_protocol.setdefault(protocol, {}).setdefault(case_id, {})
-        if class_id in case:
-          raise UserError(f"{path}, line {reader.line_num}: class {class_id} of case {case_id} is there twice")
-        case[class_id] = row
-  except OSError as error:
-    raise UserError(f"{path}: cannot be read ({error.strerror}); evaluate that run first") from error
-  except (csv.Error, UnicodeDecodeError) as error:
-    raise UserError(f"{path}: not a CSV file ({error}); evaluate that run again") from error
-  if not cases_by_protocol:
-    raise UserError(f"{path}: holds no cases; evaluate that run again")
-  for protocol, cases in cases_by_protocol.items():
-    for case_id, case in cases.items():
-      missing = [name for class_id, name in enumerate(class_names) if class_id and class_id not in case]
-      if missing:
-        raise UserError(
-          f"{path}: case {case_id} lacks {', '.join(missing)} in the {protocol} protocol; evaluate that run again"
-        )
-  return cases_by_protocol
-
-
-def _read_csv_row(
-  fields: Sequence[str], class_names: Sequence[str], where: str
-) -> tuple[str, str, int, dict[str, float]]:
-  """One line as (protocol, case id, class id, scores); `where` begins the message about a bad one."""
-  if len(fields) != len(_CSV_COLUMNS):
-    raise UserError(f"{where}: {len(fields)} fields, expected {len(_CSV_COLUMNS)}; evaluate that run again")
-  protocol, case_id, class_id, class_name = fields[:4]
-  if protocol not in protocols.METRICS:
-    raise UserError(f"{where}: unknown protocol {protocol!r}; the protocols are {', '.join(protocols.METRICS)}")
-  classes = {str(number): name for number, name in enumerate(class_names) if number}
-  if classes.get(class_id) != class_name:
-    expected = ", ".join(f"{number} {name}" for number, name in classes.items())
-    raise UserError(f"{where}: class {class_id} {class_name} is none of this dataset's ({expected})")
-  names = (*protocols.METRICS[protocol], *protocols.FLAGS)
-  row = {}
-  for name, field in zip(_CSV_SCORES, fields[4:], strict=True):
-    if name in names:
-      row[name] = _parse_score(name, field, where)
-    elif field:
-      raise UserError(f"{where}: {name} is {field!r}, but the {protocol} protocol has no {name}; leave it empty")
-  return protocol, case_id, int(class_id), row
-
-
-def _parse_score(name: str, field: str, where: str) -> float:
-  if not field and name not in protocols.FLAGS:
-    return math.nan
-  try:
-    value = float(field)
-  except ValueError:
-    value = math.nan
-  if not math.isfinite(value) or (name in protocols.FLAGS and value not in (0, 1)):
-    expected = "0 or 1" if name in protocols.FLAGS else "a number or nothing"
-    raise UserError(f"{where}: {name} is {field!r}, expected {expected}; evaluate that run again")
-  return value
 
 
 def write_summary(path: str | os.PathLike, summary: Mapping[str, Any]) -> None:

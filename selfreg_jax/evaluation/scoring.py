@@ -1,11 +1,16 @@
-"""What `eval.py` does: scores the cases of a prepared dataset, or predicts a folder of unlabelled NIfTI files."""
+"""Scores the cases of a prepared dataset with a predictor, and finds out whether that has been done already."""
 
+import contextlib
+import dataclasses
+import functools
 import importlib.metadata
+import json
 import os
 import pathlib
 import resource
 import sys
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,31 +18,166 @@ import numpy as np
 from rich.console import Console
 
 from selfreg_jax import config as configs
-from selfreg_jax.data import cases
+from selfreg_jax.data import augment
 from selfreg_jax.data import manifest as manifests
-from selfreg_jax.data.manifest import Case, DatasetInfo, Manifest
+from selfreg_jax.data.manifest import Case, CaseArrays, DatasetInfo, Manifest
 from selfreg_jax.errors import UserError
-from selfreg_jax.evaluation import protocols, report
+from selfreg_jax.evaluation import case_scores, class_maps, html_report, protocols, report
+from selfreg_jax.evaluation.case_scores import CaseScorer, Prediction
+from selfreg_jax.evaluation.options import Options
 from selfreg_jax.predictor import Predictor
+from selfreg_jax.training.checkpoints import FOLDER, Checkpoints, load_trained
+
+Scores = dict[str, dict[str, protocols.ClassTable]]
 
 _VERSIONED = ("selfreg-jax", "jax", "flax", "numpy", "scipy", "nibabel")
-_CHANNEL_SUFFIX = "_0000"  # nnU-Net names the first channel of a case so
+_VOLUME_UNITS = {"mm": "ml", "voxel": "1000 voxels", "pixel": "pixels"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """What is to be scored, and how.
+
+  Attributes:
+    split: "train", "val" or "test".
+    data: a prepared dataset; None for the one that was trained on.
+    checkpoint: "best" or "latest".
+    options: test-time options.
+    workers: processes that score.
+  """
+
+  split: str = "test"
+  data: str | None = None
+  checkpoint: str = "best"
+  options: Options = dataclasses.field(default_factory=Options)
+  workers: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """A workdir's scores.
+
+  Attributes:
+    output: the folder that they are in.
+    summary: what `summary.json` holds.
+    scores: protocol -> case id -> scores by class.
+  """
+
+  output: pathlib.Path
+  summary: dict[str, Any]
+  scores: Scores
+
+
+def evaluate_workdir(
+  workdir: str | os.PathLike,
+  request: Request,
+  *,
+  console: Console,
+  output: str | os.PathLike | None = None,
+  reuse: bool = False,
+) -> Evaluation:
+  """Scores a workdir's network.
+
+  Args:
+    workdir: of `train.py` or of `selfreg_jax.models.pretrained`.
+    request: what is to be scored.
+    console: where to print.
+    output: folder for the results; None for WORKDIR/eval/SPLIT (or, of another dataset, WORKDIR/eval/NAME_SPLIT).
+    reuse: take results that are there, if they are of the same checkpoint, config, data, split and options.
+
+  Returns:
+    The evaluation.
+
+  Raises:
+    UserError: as `selfreg_jax.predictor.load` and `score_dataset`.
+  """
+  name = request.split if request.data is None else f"{pathlib.Path(request.data).resolve().name}_{request.split}"
+  output = pathlib.Path(output or pathlib.Path(workdir) / "eval" / name)
+  if reuse and (found := _current(workdir, output, request)):
+    console.print(f"{output}: up to date, taken as it is", markup=False, highlight=False)
+    return found
+  predictor = Predictor(load_trained(workdir, checkpoint=request.checkpoint), options=request.options)
+  summary = score_dataset(
+    predictor, request.data, split=request.split, output=output, console=console, workers=request.workers
+  )
+  return Evaluation(output, summary, report.read_cases_csv(output / "cases.csv"))
+
+
+def _current(workdir: str | os.PathLike, output: pathlib.Path, request: Request) -> Evaluation | None:
+  """The evaluation in a folder, if it is what the request would give; the network is not loaded."""
+  try:
+    summary = json.loads((output / "summary.json").read_text())
+    scores = report.read_cases_csv(output / "cases.csv")
+  except (OSError, ValueError, KeyError):
+    return None
+  if not pathlib.Path(workdir, FOLDER).is_dir():
+    return None  # loading it will say so
+  with Checkpoints(workdir, read_only=True) as checkpoints:
+    step = checkpoints.best_step() if request.checkpoint == "best" else checkpoints.latest_step()
+    if step is None:
+      return None
+    config, val_dice = checkpoints.config(step), checkpoints.metric(step)
+  manifest, _ = load_data(config, request.data)
+  wanted = {
+    "checkpoint": {"step": step, "val_dice": val_dice},
+    "config": json.loads(json.dumps(configs.to_json(config))),
+    "options": request.options.to_json(),
+  }
+  data = summary.get("data", {})
+  same = all(summary.get(name) == value for name, value in wanted.items())
+  same &= data.get("fingerprint") == manifest.fingerprint() and data.get("split") == request.split
+  return Evaluation(output, summary, scores) if same else None
+
+
+def load_data(config: Any, directory: str | os.PathLike | None) -> tuple[Manifest, pathlib.Path]:
+  """The dataset to score: of a run on a fold of a cross-validation, as that fold sees it.
+
+  Args:
+    config: of the run.
+    directory: a prepared dataset; None for the one that was trained on.
+
+  Returns:
+    (manifest, the dataset's folder).
+
+  Raises:
+    UserError: there is no such dataset, or it lacks the fold.
+  """
+  folder = pathlib.Path(directory or config.data.dir)
+  if not folder.is_dir():
+    raise UserError(f"{folder}: no such folder; if the dataset has moved, give its new place with --data=DIR")
+  manifest = manifests.load(folder, verify=config.data.verify)
+  fold = config.data.get("fold", -1)
+  if fold >= 0 and (directory is None or manifest.folds):
+    manifest = manifest.with_fold(fold)
+  return manifest, folder
 
 
 def score_dataset(
-  predictor: Predictor, directory: str | os.PathLike, *, split: str, output: str | os.PathLike, console: Console
+  predictor: Predictor,
+  directory: str | os.PathLike | None,
+  *,
+  split: str,
+  output: str | os.PathLike,
+  console: Console,
+  workers: int = 1,
+  members: Sequence[str] = (),
 ) -> dict[str, Any]:
   """Predicts and scores all cases of a split under both protocols.
 
-  Writes, into the output folder: `cases.csv`, `summary.json`, `overlays/<id>.png` and `predictions/<id>.nii.gz` (on the
-  grid, and under the header, of the case's own image file); prints a table for each protocol.
+  Writes, into the output folder: `cases.csv`, `summary.json`, `report.html`, `overlays/<id>.png` and the class maps
+  `predictions/<id>.nii.gz` (on the grid, and under the header, of the case's own image file) or, of images,
+  `predictions/<id>.png`; prints a table for each protocol. Images are scored as such: in the sound protocol at their
+  own size, in the paper protocol at the network's.
 
   Args:
-    predictor: of a trained workdir.
-    directory: a prepared dataset with the classes that the network was trained on.
+    predictor: of a trained workdir, or of several.
+    directory: a prepared dataset with the classes that the network was trained on; None for the one trained on.
     split: "train", "val" or "test".
     output: folder for the results.
     console: where to print.
+    workers: processes that score while the next cases are predicted; 1 works in this process. Results do not depend
+      on it.
+    members: the workdirs of an ensemble, to be named in the summary.
 
   Returns:
     What was written to `summary.json`.
@@ -45,62 +185,106 @@ def score_dataset(
   Raises:
     UserError: the dataset does not fit the network, or the split is empty.
   """
-  manifest = manifests.load(directory, verify=predictor.config.data.verify)
+  manifest, directory = load_data(predictor.config, directory)
   check_fits(predictor.dataset, manifest, directory)
   split_cases = manifest.split(split)
   if not split_cases:
     raise UserError(f"{directory}: the {split} split is empty; prepare the dataset with {split} cases, or give --split")
   output = pathlib.Path(output)
-  arrays = manifests.CaseArrays(directory)
-  for folder, ending in (("overlays", "*.png"), ("predictions", "*.nii.gz")):
-    make_folder(output / folder)
-    for stale in (output / folder).glob(ending):  # of an earlier evaluation, perhaps of other cases
-      stale.unlink()
+  _clear(output)
+  say = functools.partial(console.print, markup=False, highlight=False)
+  say(f"scoring     {len(split_cases)} {split} cases of {directory}; options: {predictor.options}")
 
-  scores: dict[str, dict[str, protocols.ClassTable]] = {protocol: {} for protocol in protocols.PROTOCOLS}
-  for number, case in enumerate(split_cases, 1):
-    start = time.monotonic()
-    image, truth = arrays.image(case), arrays.label(case)
-    prediction = predictor.slices.classes(predictor.predict_fn, image, scale=manifest.scale)
-    tables = protocols.evaluate_protocols(
-      prediction, truth, num_classes=manifest.num_classes, spacing=case.spacing, protocols=protocols.PROTOCOLS
-    )
-    for protocol, table in tables.items():
-      scores[protocol][case.id] = table
-    dice = np.array([row["dice"] for row in tables["sound"].values()])
-    shown = "nothing to score" if np.isnan(dice).all() else f"Dice {100 * np.nanmean(dice):.2f} %"
-    write_prediction(output / "predictions" / f"{case.id}.nii.gz", prediction, case, manifest)
-    report.overlay_case(
-      output / "overlays" / f"{case.id}.png",
-      image,
-      truth,
-      prediction,
-      class_names=manifest.classes,
-      axcodes=case.axcodes,
-      spacing=case.spacing,
-      scale=manifest.scale,
-      title=f"{case.id}, {shown}",
-    )
-    seconds = time.monotonic() - start
-    console.print(f"{number}/{len(split_cases)} {case.id}: {shown}, {seconds:.1f} s", markup=False, highlight=False)
+  scorer = CaseScorer.for_dataset(manifest, directory, output, postprocess=predictor.options.postprocess)
+  arrays = CaseArrays(directory)
+  scores: Scores = {protocol: {} for protocol in protocols.PROTOCOLS}
+  predictions = _predictions(predictor, manifest, split_cases, arrays)
+  workers = min(workers, len(split_cases))
+  removed, start = 0, time.monotonic()
+  with contextlib.closing(case_scores.score_all(scorer, predictions, workers=workers)) as outcomes:
+    for number, outcome in enumerate(outcomes, 1):
+      for protocol, table in outcome.tables.items():
+        scores[protocol][outcome.case_id] = table
+      removed += outcome.removed
+      now = time.monotonic()
+      say(f"{number}/{len(split_cases)} {outcome.case_id}: {outcome.caption}, {now - start:.1f} s")
+      start = now
 
   blocks = {name: protocols.summarize(table, manifest.classes, protocol=name) for name, table in scores.items()}
   summary = {
     "protocols": blocks,
     "cases": len(split_cases),
     "data": {"directory": str(directory), "split": split, "fingerprint": manifest.fingerprint()},
+    "kind": manifest.kind,
+    "unit": manifest.unit,
+    "volume_unit": _VOLUME_UNITS[manifest.unit],
+    "options": predictor.options.to_json(),
     "config": configs.to_json(predictor.config),
     "checkpoint": {"step": predictor.step, "val_dice": predictor.val_dice},
     "versions": versions(),
     "peak_memory_gib": peak_memory_gib(),
   }
+  if members:
+    summary["ensemble"] = list(members)
+  if predictor.options.postprocess:
+    summary["postprocess_removed_voxels"] = removed
   report.write_cases_csv(output / "cases.csv", scores, manifest.classes)
-  report.write_summary(output / "summary.json", summary)
+  html_report.write_report(
+    output / "report.html",
+    summary=summary,
+    scores=scores,
+    manifest=manifest,
+    case_ids=[case.id for case in split_cases],
+    load_case=functools.partial(_load_case, manifest=manifest, arrays=arrays, folder=output / "predictions"),
+  )
+  report.write_summary(output / "summary.json", summary)  # last: where it is, the rest is
   for protocol, block in blocks.items():
-    report.print_table(block, console, protocol=protocol)
-  console.print(f"checkpoint  step {predictor.step} of {predictor.config.data.dir}", markup=False, highlight=False)
-  console.print(f"results     {output}/summary.json, cases.csv, overlays/, predictions/", markup=False, highlight=False)
+    report.print_table(block, console, protocol=protocol, kind=manifest.kind, unit=distance_unit(protocol, summary))
+  if predictor.options.postprocess:
+    say(f"postprocess {removed} voxels removed")
+  say(f"checkpoint  step {predictor.step} of {predictor.config.data.dir}")
+  say(f"results     {output}/summary.json, report.html, cases.csv, overlays/, predictions/")
   return summary
+
+
+def distance_unit(protocol: str, summary: Mapping[str, Any]) -> str:
+  """What a protocol's distances are measured in: the paper protocol counts voxels, or pixels, whatever their size."""
+  if protocol == "sound" and summary["unit"] == "mm":
+    return "mm"
+  return "pixels" if summary["unit"] == "pixel" else "voxels"
+
+
+def _predictions(
+  predictor: Predictor, manifest: Manifest, split_cases: Sequence[Case], arrays: CaseArrays
+) -> Iterator[Prediction]:
+  size = predictor.slices.image_size
+  for case in split_cases:
+    image = arrays.image(case)
+    if manifest.kind == "volume":
+      yield Prediction(case, predictor.slices.classes(predictor.predict_fn, image, scale=manifest.scale))
+      continue
+    native, small = predictor.slices.classes_of_both_sizes(predictor.predict_fn, image, scale=manifest.scale)
+    rows, columns = (augment.nearest_indices(length, size) for length in case.shape[1:3])
+    truth = np.asarray(arrays.label(case)[0])[rows[:, None], columns[None, :]]
+    yield Prediction(case, native, network_classes=small[0], network_truth=truth)
+
+
+def _load_case(
+  case_id: str, *, manifest: Manifest, arrays: CaseArrays, folder: pathlib.Path
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """A scored case's image as stored, truth and prediction, the last from its file."""
+  case = manifest.cases[case_id]
+  path = class_maps.path_for(folder, case_id, manifest.kind)
+  return arrays.image(case), arrays.label(case), class_maps.read_case(path, case, manifest)
+
+
+def _clear(output: pathlib.Path) -> None:
+  """Makes the folders for the results, free of those of an earlier evaluation, perhaps of other cases."""
+  for folder in ("overlays", "predictions"):
+    make_folder(output / folder)
+  for stale in ("summary.json", "report.html", "overlays/*.png", "predictions/*.nii.gz", "predictions/*.png"):
+    for path in output.glob(stale):
+      path.unlink()
 
 
 def check_fits(trained: DatasetInfo, manifest: Manifest, directory: str | os.PathLike) -> None:
@@ -115,89 +299,12 @@ def check_fits(trained: DatasetInfo, manifest: Manifest, directory: str | os.Pat
     )
 
 
-def write_prediction(path: pathlib.Path, prediction: np.ndarray, case: Case, manifest: Manifest) -> None:
-  """Writes a prepared case's class map (slices, rows, columns) on the grid and under the header of its image file."""
-  geometry = cases.Geometry(case.affine, case.file_shape, manifest.orientation, manifest.axis)
-  cases.write_like(path, geometry.from_slices(prediction), cases.unpack_header(case.header))
-
-
-def predict_folder(
-  predictor: Predictor,
-  folder: str | os.PathLike,
-  output: str | os.PathLike,
-  *,
-  probabilities: bool,
-  console: Console,
-) -> list[pathlib.Path]:
-  """Predicts every NIfTI file of a folder, of any size and orientation.
-
-  A file that cannot be used stops none of the others; all such files are named at the end.
-
-  Args:
-    predictor: of a trained workdir.
-    folder: holds the .nii and .nii.gz files, with or without nnU-Net's suffix _0000.
-    output: folder for the class maps <case>.nii.gz, and with `probabilities` also for <case>_probabilities.nii.gz
-      (x, y, z, classes).
-    probabilities: also write the softmax probabilities.
-    console: where to print.
-
-  Returns:
-    The class maps' files.
-
-  Raises:
-    UserError: no files, clashing names, or files that cannot be used.
-  """
-  files = find_inputs(pathlib.Path(folder), pathlib.Path(output))
-  make_folder(pathlib.Path(output))
-  written, faults = [], []
-  for number, (name, path) in enumerate(files.items(), 1):
-    start = time.monotonic()
-    try:
-      volume = cases.read_nifti(path)
-      cases.check_image(volume, predictor.geometry(volume.array.shape, volume.affine))
-    except cases.CaseError as error:
-      faults.append(f"{path.name}: {error}")
-      console.print(f"{number}/{len(files)} {path.name}: skipped, {error}", markup=False, highlight=False)
-      continue
-    result = predictor(volume.array, affine=volume.affine, probabilities=probabilities)
-    classes, by_class = result if probabilities else (result, None)
-    target = pathlib.Path(output) / f"{name}.nii.gz"
-    if by_class is not None:
-      cases.write_like(target.with_name(f"{name}_probabilities.nii.gz"), by_class, volume.header)
-    cases.write_like(target, classes, volume.header)
-    written.append(target)
-    seconds = time.monotonic() - start
-    console.print(f"{number}/{len(files)} {path.name} -> {target} in {seconds:.1f} s", markup=False, highlight=False)
-  if faults:
-    raise UserError(f"{folder}: {len(faults)} of {len(files)} files could not be predicted:\n  " + "\n  ".join(faults))
-  return written
-
-
 def make_folder(path: pathlib.Path) -> None:
   """Creates a folder for results; raises UserError where that cannot be."""
   try:
     path.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise UserError(f"{path}: cannot be made a folder for results ({error.strerror}); see --output") from error
-
-
-def find_inputs(folder: pathlib.Path, output: pathlib.Path) -> dict[str, pathlib.Path]:
-  """The NIfTI files of a folder by case name; raises UserError where there are none or names clash."""
-  if not folder.is_dir():
-    raise UserError(f"{folder}: is {'a file, not a folder' if folder.exists() else 'no folder'}; see --input")
-  if output.resolve() == folder.resolve():
-    raise UserError(f"{output}: --output must be another folder than --input, whose files it would overwrite")
-  files: dict[str, pathlib.Path] = {}
-  for path in sorted(folder.iterdir()):
-    if path.name.startswith(".") or not path.name.endswith((".nii", ".nii.gz")):
-      continue
-    name = path.name.removesuffix(".gz").removesuffix(".nii").removesuffix(_CHANNEL_SUFFIX)
-    if name in files:
-      raise UserError(f"{folder}: {files[name].name} and {path.name} are the same case; keep one of them")
-    files[name] = path
-  if not files:
-    raise UserError(f"{folder}: holds no .nii or .nii.gz files")
-  return files
 
 
 def versions() -> dict[str, str]:

@@ -67,7 +67,7 @@ def test_sound_protocol_of_missed_invented_and_absent_classes():
   table = protocols.evaluate_case(volume(None, HERE), volume(HERE, None), num_classes=4, spacing=SPACING)
   diagonal = math.sqrt((6 * 5) ** 2 + (8 * 1.5) ** 2 + (10 * 1.25) ** 2)
   worst = {"dice": 0, "jaccard": 0, "hd95": diagonal, "assd": diagonal, "nsd": 0}
-  voxels = 3 * 4 * 3 * 5 * 1.5 * 1.25  # of the box, in mm3
+  voxels = 3 * 4 * 3 * 5 * 1.5 * 1.25 / 1000  # of the box, in millilitres
   assert table[1] == pytest.approx({**worst, "volume_difference": -voxels, "missed": 1, "invented": 0})
   assert table[2] == pytest.approx({**worst, "volume_difference": voxels, "missed": 0, "invented": 1})
   assert table[3].pop("missed") == table[3].pop("invented") == 0
@@ -260,9 +260,9 @@ def test_the_volume_difference_is_signed_and_physical():
   prediction = np.zeros_like(truth)
   prediction[1:3, 1:3, 1:4] = 1  # 12 voxels
   table = protocols.evaluate_case(prediction, truth, num_classes=3, spacing=(2.0, 0.5, 3.0))
-  assert table[1]["volume_difference"] == 4 * 3.0
+  assert table[1]["volume_difference"] == pytest.approx(4 * 3.0 / 1000)  # millilitres
   assert math.isnan(table[2]["volume_difference"])
   missed = protocols.evaluate_case(np.zeros_like(truth), truth, num_classes=2, spacing=(2.0, 0.5, 3.0))
-  assert missed[1]["volume_difference"] == -8 * 3.0
+  assert missed[1]["volume_difference"] == pytest.approx(-8 * 3.0 / 1000)
   image = protocols.evaluate_case(prediction[1], truth[1], num_classes=2, spacing=(0.5, 3.0))
   assert image[1]["volume_difference"] == 2 * 1.5

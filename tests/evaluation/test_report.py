@@ -8,7 +8,6 @@ import pytest
 from matplotlib import image as mpl_image
 from rich import console
 
-from selfreg_jax import errors
 from selfreg_jax.evaluation import protocols, report
 
 NAMES = ("background", "a rather long class name", "[b]spleen", "aorta")
@@ -95,68 +94,6 @@ def test_csv_of_cases(tmp_path):
   assert float(rows[6]["jaccard"]) == 1 / 3
   assert (rows[6]["protocol"], rows[6]["nsd"], rows[6]["invented"]) == ("paper", "", "1")
   assert [path.name for path in tmp_path.iterdir()] == ["cases.csv"]
-
-
-def test_csv_of_cases_is_read_as_written(tmp_path):
-  rng = np.random.default_rng(0)
-
-  def random_row(protocol):
-    values = rng.normal(size=6) * 10.0 ** rng.integers(-300, 300, 6)
-    row = dict(zip(protocols.METRICS[protocol], values.tolist(), strict=False))
-    return row | {"missed": float(rng.integers(2)), "invented": 0.0}
-
-  ids = ("0001", "1e5", 'a "quoted", id', "nan", "Ä\n2")
-  written = {name: {case: {c: random_row(name) for c in (1, 2, 3)} for case in ids} for name in protocols.PROTOCOLS}
-  written["sound"]["1e5"][2] = not_scored()
-  written["paper"]["nan"][3]["hd95"] = math.nan
-  written["sound"]["0001"][1]["dice"] = 0.1 + 0.2
-  report.write_cases_csv(tmp_path / "cases.csv", written, NAMES)
-  read = report.read_cases_csv(tmp_path / "cases.csv", NAMES)
-  assert repr(read) == repr(written)  # the order of everything too; nan is "nan" in both
-
-
-@pytest.mark.parametrize(
-  ("old", "new", "message"),
-  [
-    ("protocol,case", "protocol,id", "first line"),
-    (",volume_difference", "", "first line"),
-    ("sound,0001,1", "loud,0001,1", "line 2: unknown protocol 'loud'"),
-    ("0001,1,a rather", "0001,9,a rather", "line 2: class 9 a rather long class name is none"),
-    ("[b]spleen", "liver", "line 3: class 2 liver is none of this dataset's .*2 \\[b\\]spleen"),
-    ("0.25,12.346", "inf,12.346", "line 2: jaccard is 'inf', expected a number or nothing"),
-    ("0.25,12.346", "nan,12.346", "line 2: jaccard is 'nan'"),
-    ("0.25,12.346", "1/4,12.346", "line 2: jaccard is '1/4'"),
-    (",-2.5,0,0", ",-2.5,2,0", "line 2: missed is '2', expected 0 or 1"),
-    (",-2.5,0,0", ",-2.5,,0", "line 2: missed is ''"),
-    (",-2.5,0,0", ",-2.5,0", "line 2: 11 fields, expected 12"),
-    ("sound,0002,3,aorta", "sound,0001,3,aorta", "line 7: class 3 of case 0001 is there twice"),
-    ("sound,0002,3,aorta", "sound,0003,3,aorta", "case 0002 lacks aorta in the sound protocol"),
-    ("sound,0001,1", "paper,0001,1", "line 2: nsd is '0.25', but the paper protocol has no nsd"),
-    ("aorta", '"aorta"x', "not a CSV file"),
-    ("aorta", "aort\udcff", "not a CSV file"),
-  ],
-)
-def test_other_tables_of_cases_are_refused(tmp_path, old, new, message):
-  path = tmp_path / "cases.csv"
-  report.write_cases_csv(path, {"sound": CASES}, NAMES)
-  text = path.read_text()
-  assert old in text
-  path.write_bytes(text.replace(old, new, 1).encode(errors="surrogateescape"))
-  with pytest.raises(errors.UserError, match=message) as caught:
-    report.read_cases_csv(path, NAMES)
-  assert str(caught.value).startswith(str(path))
-
-
-def test_missing_and_empty_tables_of_cases_are_refused(tmp_path):
-  path = tmp_path / "cases.csv"
-  with pytest.raises(errors.UserError, match=r"cases\.csv: cannot be read \(No such file"):
-    report.read_cases_csv(path, NAMES)
-  path.write_bytes(b"")
-  with pytest.raises(errors.UserError, match=r"cases\.csv: not a table of cases"):
-    report.read_cases_csv(path, NAMES)
-  report.write_cases_csv(path, {"sound": {}}, NAMES)
-  with pytest.raises(errors.UserError, match=r"cases\.csv: holds no cases"):
-    report.read_cases_csv(path, NAMES)
 
 
 def test_summary_is_strict_json(tmp_path):

@@ -11,7 +11,7 @@ import selfreg_jax as sr
 from selfreg_jax.data import manifest as manifests
 from selfreg_jax.data.prepare import PrepareOptions, prepare
 from selfreg_jax.errors import UserError
-from selfreg_jax.evaluation import scoring
+from selfreg_jax.evaluation import class_maps, prediction, scoring
 from selfreg_jax.training.loop import train_and_evaluate
 from tests.conftest import make_small_config
 from tests.evaluation.test_inference import threshold_fn
@@ -137,7 +137,8 @@ def test_saved_predictions_overlay_their_input_voxel_by_voxel(workdir, tmp_path,
   nib.save(image, tmp_path / "in" / "case_0000.nii.gz")
   predictor = threshold_predictor(workdir)
   predictor.slices.image_size = 120  # a multiple: edges stay where they are
-  (target,) = scoring.predict_folder(predictor, tmp_path / "in", tmp_path / "out", probabilities=True, console=quiet())
+  folders = tmp_path / "in", tmp_path / "out"
+  (target,) = prediction.predict_folder(predictor, *folders, probabilities=True, console=quiet())
   assert target.name == "case.nii.gz"
   saved = nib.load(target)
   assert saved.shape == image.shape
@@ -171,7 +172,7 @@ def test_prepared_cases_return_to_the_grid_of_their_files(tmp_path, workdir):
   )  # fmt: skip
   arrays = manifests.CaseArrays(tmp_path / "out")
   for case in manifest.cases.values():
-    scoring.write_prediction(tmp_path / "back.nii.gz", np.asarray(arrays.label(case)), case, manifest)
+    class_maps.write_case(tmp_path / "back.nii.gz", np.asarray(arrays.label(case)), case, manifest)
     saved, label = nib.load(tmp_path / "back.nii.gz"), nib.load(source / f"{case.id}_seg.nii.gz")
     np.testing.assert_array_equal(np.asarray(saved.dataobj), np.asarray(label.dataobj))
     np.testing.assert_array_equal(saved.affine, label.affine)
@@ -186,7 +187,7 @@ def test_bad_files_stop_no_other_and_are_all_named(workdir, tmp_path):
   (tmp_path / "in/text.nii.gz").write_text("no image")
   (tmp_path / "in/empty.nii").write_bytes(b"")
   with pytest.raises(UserError) as error:
-    scoring.predict_folder(sr.load(workdir), tmp_path / "in", tmp_path / "out", probabilities=False, console=quiet())
+    prediction.predict_folder(sr.load(workdir), tmp_path / "in", tmp_path / "out", probabilities=False, console=quiet())
   assert "2 of 3 files" in str(error.value)
   assert "text.nii.gz: " in str(error.value)
   assert "empty.nii: is empty" in str(error.value)
@@ -207,7 +208,7 @@ def test_inputs_that_cannot_be_told_apart_are_refused(tmp_path, names, output, m
   for name in names:
     (tmp_path / "in" / name).touch()
   with pytest.raises(UserError, match=message):
-    scoring.find_inputs(tmp_path / "in", tmp_path / output)
+    prediction.find_inputs(tmp_path / "in", tmp_path / output)
 
 
 def test_what_is_no_workdir_is_refused(tmp_path):
