@@ -216,10 +216,10 @@ def mean_foreground_dice(cases: Iterable[np.ndarray]) -> float:
   cases = list(cases)
   if not cases:
     raise ValueError("the mean Dice of no cases is undefined")
-  return float(_mean_scored(_mean_scored(np.stack(cases), axis=0), axis=0))
+  return float(mean_scored(mean_scored(np.stack(cases), axis=0), axis=0))
 
 
-def _mean_scored(values: np.ndarray, axis: int) -> np.ndarray:
+def mean_scored(values: np.ndarray, *, axis: int) -> np.ndarray:
   """Mean over the entries that are not nan; nan where there is none."""
   scored = ~np.isnan(values)
   return _quotient(np.where(scored, values, 0).sum(axis=axis), scored.sum(axis=axis))
@@ -258,23 +258,14 @@ def summarize(
   Raises:
     ValueError: there are no cases, a case does not hold the classes that are named, or names repeat.
   """
-  _check_protocol(protocol)
-  names, num_foreground = METRICS[protocol], len(class_names) - 1
-  if not cases:
-    raise ValueError("there are no cases to summarize")
-  if len(set(class_names)) != len(class_names):
-    raise ValueError(f"class names must differ, got {list(class_names)}")
-  for case_id, table in cases.items():
-    if set(table) != set(range(1, num_foreground + 1)):
-      raise ValueError(f"case {case_id!r} holds classes {sorted(table)}, expected 1..{num_foreground}")
-  tables = [[table[class_id] for class_id in range(1, num_foreground + 1)] for table in cases.values()]
-  values = np.array([[[row[name] for name in names] for row in table] for table in tables], np.float64)
-  flags = np.array([[[row[name] for name in FLAGS] for row in table] for table in tables]).sum(axis=0)
+  values = scores_array(cases, class_names, protocol=protocol)
+  names, class_ids = METRICS[protocol], range(1, len(class_names))
+  flags = np.array([[[table[c][flag] for flag in FLAGS] for c in class_ids] for table in cases.values()]).sum(axis=0)
 
-  class_means = _mean_scored(values, axis=0)  # (classes, metrics)
-  means = _mean_scored(class_means, axis=0)  # (metrics,)
-  class_samples = _bootstrap_class_means(values, resamples=resamples, seed=seed)  # (resamples, classes, metrics)
-  samples = _mean_scored(class_samples, axis=1)  # (resamples, metrics)
+  class_means = mean_scored(values, axis=0)  # (classes, metrics)
+  means = mean_scored(class_means, axis=0)  # (metrics,)
+  class_samples = bootstrap_means(values, resamples=resamples, seed=seed)  # (resamples, classes, metrics)
+  samples = mean_scored(class_samples, axis=1)  # (resamples, metrics)
   scored = ~np.isnan(values)
   class_numbers = scored.sum(axis=0)  # (classes, metrics)
   numbers = scored.any(axis=1).sum(axis=0)  # (metrics,)
@@ -282,26 +273,59 @@ def summarize(
   classes = {}
   for index, name in enumerate(class_names[1:]):
     classes[name] = {
-      **{metric: _json_number(class_means[index, m]) for m, metric in enumerate(names)},
+      **{metric: json_number(class_means[index, m]) for m, metric in enumerate(names)},
       "interval": {
-        metric: _interval(class_samples[:, index, m], class_numbers[index, m]) for m, metric in enumerate(names)
+        metric: interval(class_samples[:, index, m], class_numbers[index, m]) for m, metric in enumerate(names)
       },
       "n": int(class_numbers[index, names.index("dice")]),
       **{flag: int(flags[index, f]) for f, flag in enumerate(FLAGS)},
     }
   return {
-    "mean": {metric: _json_number(means[m]) for m, metric in enumerate(names)},
-    "interval": {metric: _interval(samples[:, m], numbers[m]) for m, metric in enumerate(names)},
+    "mean": {metric: json_number(means[m]) for m, metric in enumerate(names)},
+    "interval": {metric: interval(samples[:, m], numbers[m]) for m, metric in enumerate(names)},
     "classes": classes,
     "cases": len(cases),
   }
 
 
-def _bootstrap_class_means(values: np.ndarray, *, resamples: int, seed: int) -> np.ndarray:
-  """Means over resampled cases; (cases, classes, metrics) -> (resamples, classes, metrics), nan where none scored.
+def scores_array(
+  cases: Mapping[str, Mapping[int, Mapping[str, float]]], class_names: Sequence[str], *, protocol: str
+) -> np.ndarray:
+  """One protocol's scores as (cases, foreground classes, metrics) float64, in the order of `cases` and `METRICS`.
 
-  A resample is a row of weights (how often each case was drawn), so that the means are two matrix products.
+  Args:
+    cases: case id -> what `evaluate_case` gave for it under this protocol.
+    class_names: names by class id, the background's first.
+    protocol: "sound" or "paper".
+
+  Raises:
+    ValueError: there are no cases, a case does not hold the classes that are named, or names repeat.
   """
+  _check_protocol(protocol)
+  if not cases:
+    raise ValueError("there are no cases to summarize")
+  if len(set(class_names)) != len(class_names):
+    raise ValueError(f"class names must differ, got {list(class_names)}")
+  class_ids = range(1, len(class_names))
+  for case_id, table in cases.items():
+    if set(table) != set(class_ids):
+      raise ValueError(f"case {case_id!r} holds classes {sorted(table)}, expected 1..{len(class_ids)}")
+  names = METRICS[protocol]
+  return np.array([[[table[c][name] for name in names] for c in class_ids] for table in cases.values()], np.float64)
+
+
+def bootstrap_means(values: np.ndarray, *, resamples: int, seed: int) -> np.ndarray:
+  """Means over resamples of the cases, drawn with replacement, all values of a case together.
+
+  Args:
+    values: (cases, classes, metrics); nan where not scored.
+    resamples: number of resamples.
+    seed: of the resampling.
+
+  Returns:
+    (resamples, classes, metrics), nan where a resample holds no scored case.
+  """
+  # A resample is a row of weights (how often each case was drawn), so that the means are two matrix products.
   num_cases = len(values)
   flat = values.reshape(num_cases, -1)
   scored = ~np.isnan(flat)
@@ -317,12 +341,13 @@ def _bootstrap_class_means(values: np.ndarray, *, resamples: int, seed: int) -> 
   return np.concatenate(means).reshape(resamples, *values.shape[1:])
 
 
-def _interval(samples: np.ndarray, num_scored: int) -> list[float] | None:
+def interval(samples: np.ndarray, num_scored: int) -> list[float] | None:
   """The 95 % percentile interval of a statistic's resamples; those in which nothing was scored say nothing."""
   if num_scored < 2:
     return None
   return [float(bound) for bound in np.percentile(samples[~np.isnan(samples)], _CONFIDENCE)]
 
 
-def _json_number(value: float) -> float | None:
+def json_number(value: float) -> float | None:
+  """The number, or None for nan, which JSON does not know."""
   return None if math.isnan(value) else float(value)

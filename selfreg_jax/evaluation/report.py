@@ -28,7 +28,7 @@ _PALETTE = (
 )
 _FILL = 0.45  # opacity of a class's inside; its contour is opaque
 
-_UNITS = {"sound": "mm", "paper": "voxels"}
+UNITS = {"sound": "mm", "paper": "voxels"}
 _CAPTIONS = {
   ("sound", "volume"): "sound protocol: a missed or invented class scores Dice 0 and the volume's diagonal",
   ("paper", "volume"): (
@@ -67,7 +67,7 @@ def print_table(
     unit: of the distances; None: mm in the sound and voxels in the paper protocol.
     kind: "volume" or "image": of the cases.
   """
-  unit = unit or _UNITS[protocol]
+  unit = unit or UNITS[protocol]
   names = protocols.METRICS[protocol]
   result = table.Table(title=_CAPTIONS[protocol, kind], title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
   result.add_column("class", overflow="fold", max_width=20)
@@ -81,9 +81,9 @@ def print_table(
 
   def cells(row: Mapping[str, Any], interval: list[float] | None) -> list[str]:
     spread = "" if interval is None else f" [{100 * interval[0]:.2f}, {100 * interval[1]:.2f}]"
-    distances = [_fixed(row["hd95"], 1), _fixed(row["assd"], 1)]
-    shares = [_fixed(row["nsd"], 100)] if "nsd" in names else []
-    return [_fixed(row["dice"], 100) + spread, *distances, *shares]
+    distances = [fixed(row["hd95"], 1), fixed(row["assd"], 1)]
+    shares = [fixed(row["nsd"], 100)] if "nsd" in names else []
+    return [fixed(row["dice"], 100) + spread, *distances, *shares]
 
   classes = block["classes"]
   for name, row in classes.items():
@@ -95,7 +95,8 @@ def print_table(
   output.print(result)
 
 
-def _fixed(value: float | None, factor: float) -> str:
+def fixed(value: float | None, factor: float) -> str:
+  """A number of a table: the value times the factor with two decimals, or "-" where it is undefined."""
   return "-" if value is None else f"{factor * value:.2f}"
 
 
