@@ -1,8 +1,11 @@
 """Predicts a folder of unlabelled files: NIfTI volumes, or images where the network was trained on images."""
 
+import dataclasses
 import os
 import pathlib
+import re
 import time
+from collections.abc import Sequence
 
 import numpy as np
 from rich.console import Console
@@ -13,7 +16,7 @@ from selfreg_jax.evaluation import class_maps
 from selfreg_jax.evaluation.scoring import make_folder
 from selfreg_jax.predictor import Predictor
 
-_CHANNEL_SUFFIX = "_0000"  # nnU-Net names the first channel of a case so
+_CHANNEL_SUFFIX = re.compile(r"(.+)_(\d{4})")  # nnU-Net names the channels of a case case_0000, case_0001, ...
 _EXTENSIONS = {"volume": (".nii", ".nii.gz"), "image": images.EXTENSIONS}
 
 
@@ -31,8 +34,8 @@ def predict_folder(
 
   Args:
     predictor: of a trained workdir.
-    folder: holds .nii and .nii.gz files, with or without nnU-Net's suffix _0000, whose fourth axis, if there is one,
-      are channels; of networks trained on images, .png, .bmp, .tif and .tiff files.
+    folder: holds .nii and .nii.gz files, with or without nnU-Net's suffix _0000; several channels are a fourth axis, or
+      files with the suffixes _0000, _0001, ... For networks trained on images: .png, .bmp, .tif and .tiff files.
     output: folder for the class maps, <case>.nii.gz or <case>.png (class ids; 0 and 255 where there are two classes),
       and with `probabilities` also for <case>_probabilities.nii.gz (x, y, z, classes) or <case>_probabilities.npy
       (rows, columns, classes).
@@ -46,30 +49,37 @@ def predict_folder(
     UserError: no files, clashing names, or files that cannot be used.
   """
   kind = predictor.dataset.kind
-  files = find_inputs(pathlib.Path(folder), pathlib.Path(output), kind=kind)
+  files = find_inputs(pathlib.Path(folder), pathlib.Path(output), kind=kind, channels=predictor.dataset.channels)
   make_folder(pathlib.Path(output))
   console.print(f"options     {predictor.options}", markup=False, highlight=False)
   predict = _predict_volume if kind == "volume" else _predict_image
   written, faults = [], []
-  for number, (name, path) in enumerate(files.items(), 1):
-    start = time.monotonic()
+  for number, (name, paths) in enumerate(files.items(), 1):
+    start, names = time.monotonic(), ", ".join(path.name for path in paths)
     target = class_maps.path_for(pathlib.Path(output), name, kind)
     try:
-      predict(predictor, path, target, probabilities=probabilities)
+      predict(predictor, paths, target, probabilities=probabilities)
     except cases.CaseError as error:
-      faults.append(f"{path.name}: {error}")
-      console.print(f"{number}/{len(files)} {path.name}: skipped, {error}", markup=False, highlight=False)
+      faults.append(f"{names}: {error}")
+      console.print(f"{number}/{len(files)} {names}: skipped, {error}", markup=False, highlight=False)
       continue
     written.append(target)
     seconds = time.monotonic() - start
-    console.print(f"{number}/{len(files)} {path.name} -> {target} in {seconds:.1f} s", markup=False, highlight=False)
+    console.print(f"{number}/{len(files)} {names} -> {target} in {seconds:.1f} s", markup=False, highlight=False)
   if faults:
     raise UserError(f"{folder}: {len(faults)} of {len(files)} files could not be predicted:\n  " + "\n  ".join(faults))
   return written
 
 
-def _predict_volume(predictor: Predictor, path: pathlib.Path, target: pathlib.Path, *, probabilities: bool) -> None:
-  volume = cases.read_nifti(path, channels=True)
+def _predict_volume(
+  predictor: Predictor, paths: Sequence[pathlib.Path], target: pathlib.Path, *, probabilities: bool
+) -> None:
+  volumes = [cases.read_nifti(path, channels=True) for path in paths]
+  for other in volumes[1:]:
+    cases.check_pair(volumes[0], other)
+  volume = volumes[0]
+  if len(volumes) > 1:
+    volume = dataclasses.replace(volume, array=np.stack([channel.array for channel in volumes], axis=-1))
   cases.check_image(volume, predictor.geometry(volume.array.shape[:3], volume.affine))
   _check_channels(volume.array.shape[3:], predictor)
   result = predictor(volume.array, affine=volume.affine, probabilities=probabilities)
@@ -80,8 +90,13 @@ def _predict_volume(predictor: Predictor, path: pathlib.Path, target: pathlib.Pa
   cases.write_like(target, classes, volume.header)
 
 
-def _predict_image(predictor: Predictor, path: pathlib.Path, target: pathlib.Path, *, probabilities: bool) -> None:
-  image = images.read_image(path)
+def _predict_image(
+  predictor: Predictor, paths: Sequence[pathlib.Path], target: pathlib.Path, *, probabilities: bool
+) -> None:
+  channels = [images.read_image(path) for path in paths]
+  if len({channel.shape[:2] for channel in channels}) > 1:
+    raise cases.CaseError("the channels are of different sizes: " + ", ".join(str(c.shape[:2]) for c in channels))
+  image = np.concatenate(channels, axis=-1)
   cases.check_finite(image)
   cases.check_slices(image[None])
   if not (image.shape[2] == 1 and predictor.dataset.channels == 3):  # grey is taken for three equal colours
@@ -105,28 +120,42 @@ def _write_array(path: pathlib.Path, array: np.ndarray) -> None:
   temporary.replace(path)
 
 
-def find_inputs(folder: pathlib.Path, output: pathlib.Path, *, kind: str = "volume") -> dict[str, pathlib.Path]:
-  """The files of a folder by case name; raises UserError where there are none or names clash.
+def find_inputs(
+  folder: pathlib.Path, output: pathlib.Path, *, kind: str = "volume", channels: int = 1
+) -> dict[str, list[pathlib.Path]]:
+  """The files of a folder by case name, those of a case's channels in their order.
 
   Args:
     folder: where to look.
     output: folder for the results, which must be another.
     kind: "volume" (NIfTI) or "image" (PNG, BMP, TIFF).
+    channels: that the network takes.
+
+  Returns:
+    Case name -> its one file, or a file for each channel.
+
+  Raises:
+    UserError: there are none, names clash, or channels are missing.
   """
   if not folder.is_dir():
     raise UserError(f"{folder}: is {'a file, not a folder' if folder.exists() else 'no folder'}; see --input")
   if output.resolve() == folder.resolve():
     raise UserError(f"{output}: --output must be another folder than --input, whose files it would overwrite")
-  files: dict[str, pathlib.Path] = {}
+  found: dict[str, dict[str, pathlib.Path]] = {}
   for path in sorted(folder.iterdir()):
     if path.name.startswith(".") or not path.name.lower().endswith(_EXTENSIONS[kind]):
       continue
-    name = path.stem
-    if kind == "volume":
-      name = path.name.removesuffix(".gz").removesuffix(".nii").removesuffix(_CHANNEL_SUFFIX)
-    if name in files:
-      raise UserError(f"{folder}: {files[name].name} and {path.name} are the same case; keep one of them")
-    files[name] = path
-  if not files:
+    name, channel = path.stem if kind == "image" else path.name.removesuffix(".gz").removesuffix(".nii"), "0000"
+    match = _CHANNEL_SUFFIX.fullmatch(name)
+    if match and (channels > 1 or (kind == "volume" and match[2] == channel)):
+      name, channel = match.groups()
+    files = found.setdefault(name, {})
+    if channel in files:
+      raise UserError(f"{folder}: {files[channel].name} and {path.name} are the same case; keep one of them")
+    files[channel] = path
+  if not found:
     raise UserError(f"{folder}: holds no {', '.join(_EXTENSIONS[kind])} files, which this network was trained on")
-  return files
+  incomplete = [name for name, files in found.items() if len(files) not in (1, channels)]
+  if incomplete:
+    raise UserError(f"{folder}: the network takes {channels} channels, not all are there for {', '.join(incomplete)}")
+  return {name: [path for _, path in sorted(files.items())] for name, files in found.items()}

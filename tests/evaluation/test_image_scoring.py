@@ -222,3 +222,18 @@ def test_volumes_of_several_channels_are_predicted(workdir):
   classes = predictor(volume, affine=np.eye(4))
   assert set(seen) == {2}
   np.testing.assert_array_equal(classes, np.broadcast_to(np.arange(32)[:, None, None] >= 16, (32, 32, 3)))
+
+
+def test_files_of_channels_belong_together(tmp_path):
+  for name in ("a_0000.nii.gz", "a_0001.nii.gz", "b.nii", "c_0000.nii.gz", "note.txt"):
+    (tmp_path / name).touch()
+  found = prediction.find_inputs(tmp_path, tmp_path / "out", channels=2)
+  assert {name: [path.name for path in paths] for name, paths in found.items()} == {
+    "a": ["a_0000.nii.gz", "a_0001.nii.gz"],
+    "b": ["b.nii"],
+    "c": ["c_0000.nii.gz"],
+  }
+  with pytest.raises(UserError, match="takes 3 channels, not all are there for a"):
+    prediction.find_inputs(tmp_path, tmp_path / "out", channels=3)
+  # A network of one channel takes scan_0001 for a case of its own.
+  assert list(prediction.find_inputs(tmp_path, tmp_path / "out")) == ["a", "a_0001", "b", "c"]
