@@ -37,6 +37,7 @@ _CASE_BYTES = 400  # of that JSON without its slices
 _SLICE_BYTES = 40  # of a slice's numbers in it
 
 _METRICS = {"dice": "Dice", "jaccard": "Jaccard", "hd95": "HD95", "assd": "ASSD", "nsd": "NSD"}
+_OFF = (None, False, "labels")  # values of test-time options that change nothing
 _DISTANCES = ("hd95", "assd")
 _COUNTS = ("n", *protocols.FLAGS)
 _CAPTIONS = {
@@ -166,7 +167,7 @@ def _header(summary: Mapping[str, Any], manifest: Manifest) -> str:
   step = f"step {checkpoint['step']}"
   if checkpoint.get("val_dice") is not None:
     step += f" (validation Dice {100 * checkpoint['val_dice']:.2f} %)"
-  options = {name: value for name, value in (summary.get("options") or {}).items() if value not in (None, False)}
+  options = {name: value for name, value in (summary.get("options") or {}).items() if value not in _OFF}
   facts = {
     "dataset": f"{manifest.dataset} ({data['fingerprint']})",
     "split": f"{data['split']}, {_plural(summary['cases'], 'case')}",
@@ -193,6 +194,8 @@ def _metric_title(metric: str, unit: str) -> str:
   name = _METRICS.get(metric, metric.replace("_", " "))
   if metric in _DISTANCES:
     return f"{name} {unit}"
+  if metric == "volume_difference":
+    return f"{name}, {report.VOLUME_UNITS.get(unit, unit)}"
   return f"{name} %" if metric in _METRICS else name
 
 

@@ -21,6 +21,9 @@ from scipy import ndimage
 
 from selfreg_jax.evaluation import metrics, protocols
 
+# Of the volume difference, by the unit of the spacing.
+VOLUME_UNITS = {"mm": "ml", "voxel": "1000 voxels", "pixel": "pixels"}
+
 # Classes 1, 2, ...: Okabe and Ito's seven colours, then always the one farthest from all before by the worst of normal,
 # deuteranopic and protanopic sight. Their distances in OKLab are at least 0.138, 0.076 and 0.096.
 _PALETTE = (

@@ -31,7 +31,6 @@ from selfreg_jax.training.checkpoints import FOLDER, Checkpoints, load_trained
 Scores = dict[str, dict[str, protocols.ClassTable]]
 
 _VERSIONED = ("selfreg-jax", "jax", "flax", "numpy", "scipy", "nibabel")
-_VOLUME_UNITS = {"mm": "ml", "voxel": "1000 voxels", "pixel": "pixels"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +217,7 @@ def score_dataset(
     "data": {"directory": str(directory), "split": split, "fingerprint": manifest.fingerprint()},
     "kind": manifest.kind,
     "unit": manifest.unit,
-    "volume_unit": _VOLUME_UNITS[manifest.unit],
+    "volume_unit": report.VOLUME_UNITS[manifest.unit],
     "options": predictor.options.to_json(),
     "config": configs.to_json(predictor.config),
     "checkpoint": {"step": predictor.step, "val_dice": predictor.val_dice},
