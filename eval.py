@@ -28,7 +28,7 @@ _INPUT = flags.DEFINE_string("input", None, "Folder of NIfTI files, or images, t
 _OUTPUT = flags.DEFINE_string(
   "output",
   None,
-  "Folder for the results; default: WORKDIR/eval/SPLIT, or eval_pooled or eval_ensemble beside --workdirs.",
+  "Folder for the results; default: WORKDIR/eval/SPLIT, or eval_pooled_NAME/SPLIT or eval_ensemble_NAME/SPLIT.",
 )
 _PROBABILITIES = flags.DEFINE_bool("probabilities", False, "With --input: also write softmax probabilities.")
 
@@ -88,10 +88,10 @@ def evaluate() -> None:
   elif _COMPARE.value:
     compare.compare_workdirs(_WORKDIR.value, _COMPARE.value, request, console=console)
   elif _ENSEMBLE.value:
-    output = _OUTPUT.value or pooling.default_output(workdirs, "eval_ensemble")
+    output = _OUTPUT.value or pooling.default_output(workdirs, "eval_ensemble") / request.split
     pooling.score_ensemble(workdirs, request, output=output, console=console)
   elif _WORKDIRS.value:
-    output = _OUTPUT.value or pooling.default_output(workdirs, "eval_pooled")
+    output = _OUTPUT.value or pooling.default_output(workdirs, "eval_pooled") / request.split
     pooling.pool_workdirs(workdirs, request, output=output, console=console)
   else:
     scoring.evaluate_workdir(_WORKDIR.value, request, output=_OUTPUT.value, console=console)

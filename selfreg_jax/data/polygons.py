@@ -20,6 +20,9 @@ _MOST_BYTES = 1 << 27
 _OUTSIDE = 0.5
 
 
+_MOST_VERTICES = 100_000  # of one outline; rasterizing takes a byte for each of them and each row
+
+
 def read_polygons(path: pathlib.Path) -> list[np.ndarray]:
   """Reads the outlines of an ImageScope file: Annotations/Annotation/Regions/Region/Vertices/Vertex.
 
@@ -52,6 +55,8 @@ def read_polygons(path: pathlib.Path) -> list[np.ndarray]:
 
 
 def _vertices(vertices: Sequence, number: int) -> np.ndarray:
+  if len(vertices) > _MOST_VERTICES:
+    raise CaseError(f"region {number} has {len(vertices)} vertices; an outline of a nucleus has fewer than a thousand")
   try:
     polygon = np.array([(float(vertex.attrib["X"]), float(vertex.attrib["Y"])) for vertex in vertices])
   except (KeyError, ValueError) as error:

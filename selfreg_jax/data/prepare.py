@@ -250,6 +250,11 @@ def _checked_intensity(options: PrepareOptions) -> Intensity:
   strange = [name for name, owners in only_for.items() if options.dataset not in owners]
   if given := [f"--{name}" for name in strange if getattr(options, name) is not None]:
     raise UserError(f"{', '.join(given)} cannot be used with --dataset={options.dataset}")
+  known = PUBLISHED.get(options.dataset)
+  if known and known.kind == "image" and (options.window is not None or options.normalize not in (None, "byte")):
+    raise UserError(
+      f"--window, --normalize: the colours of {options.dataset} are bytes and are kept so; leave them out"
+    )
   if options.source is None and not phantom:
     raise UserError(f"--dataset={options.dataset} needs --source, the folder of the raw files")
   if (options.image_glob is None) != (options.label_glob is None):

@@ -1,6 +1,7 @@
 """Two workdirs scored on the same cases and compared."""
 
 import os
+import pathlib
 from typing import Any
 
 from rich.console import Console
@@ -29,11 +30,18 @@ def compare_workdirs(
   Raises:
     UserError: as `scoring.evaluate_workdir`, or the two have other cases or classes.
   """
+  if pathlib.Path(ours).resolve() == pathlib.Path(other).resolve():
+    raise UserError(f"--compare={other}: is the same workdir; give another one")
   evaluations = [scoring.evaluate_workdir(folder, request, console=console, reuse=True) for folder in (ours, other)]
   first, second = evaluations
   names = [["background", *evaluation.summary["protocols"]["sound"]["classes"]] for evaluation in evaluations]
   if names[0] != names[1]:
     raise UserError(f"{other}: its classes are {', '.join(names[1][1:])}, those of {ours} {', '.join(names[0][1:])}")
+  if first.summary["unit"] != second.summary["unit"]:
+    raise UserError(
+      f"{other}: its distances are in {second.summary['unit']}, those of {ours} in {first.summary['unit']}; "
+      "score both on one dataset with --data=DIR"
+    )
   differing = set(first.scores["sound"]) ^ set(second.scores["sound"])
   if differing:
     raise UserError(

@@ -274,6 +274,8 @@ def _published_table(protocol: str, block: Mapping[str, Any], summary: Mapping[s
     return ""
   if manifest.num_classes != len(published.PUBLISHED[manifest.dataset].classes):
     return ""
+  if summary.get("ensemble") or any(value not in _OFF for value in (summary.get("options") or {}).values()):
+    return ""
   ours = published.PublishedScore(
     "this evaluation",
     math.nan if block["mean"]["dice"] is None else 100 * block["mean"]["dice"],

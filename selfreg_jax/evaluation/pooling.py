@@ -1,6 +1,7 @@
 """Several runs of one config: the spread of their scores over seeds or folds, or their networks as one."""
 
 import glob
+import itertools
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ import numpy as np
 from rich import box, table, text
 from rich.console import Console
 
+from selfreg_jax import config as configs
 from selfreg_jax.errors import UserError
 from selfreg_jax.evaluation import protocols, report, scoring
 from selfreg_jax.evaluation.scoring import Request, Scores
@@ -35,8 +37,13 @@ def find_workdirs(pattern: str) -> list[pathlib.Path]:
 
 
 def default_output(workdirs: Sequence[pathlib.Path], name: str) -> pathlib.Path:
-  """The folder `name` beside the workdirs: in the deepest folder that holds all of them."""
-  return pathlib.Path(os.path.commonpath([path.absolute().parent for path in workdirs])) / name
+  """A folder beside the workdirs, in the deepest one that holds all of them: `name` and what their names begin with."""
+  folder = pathlib.Path(os.path.commonpath([path.absolute().parent for path in workdirs]))
+  letters = itertools.takewhile(
+    lambda column: len({*column}) == 1, zip(*(path.name for path in workdirs), strict=False)
+  )
+  beginning = "".join(column[0] for column in letters).strip("_-.")
+  return folder / (f"{name}_{beginning}" if beginning else name)
 
 
 def pool_workdirs(
@@ -58,7 +65,7 @@ def pool_workdirs(
     {protocol: what `protocols.summarize` gave} or None}.
 
   Raises:
-    UserError: as `scoring.evaluate_workdir`, or the runs have other classes.
+    UserError: as `scoring.evaluate_workdir`, or the runs have other classes or differ in more than seed and fold.
   """
   evaluations = [scoring.evaluate_workdir(workdir, request, console=console, reuse=True) for workdir in workdirs]
   first = evaluations[0].summary
@@ -67,6 +74,7 @@ def pool_workdirs(
     theirs = list(evaluation.summary["protocols"]["sound"]["classes"])
     if theirs != names[1:] or evaluation.summary["unit"] != first["unit"]:
       raise UserError(f"{workdir}: its classes ({', '.join(theirs)}) or unit are not those of {workdirs[0]}")
+  _check_one_config(workdirs, [evaluation.summary["config"] for evaluation in evaluations])
   scores = [evaluation.scores for evaluation in evaluations]
   together = _together(scores)
   result = {
@@ -98,6 +106,21 @@ def pool_workdirs(
       report.print_table(block, console, protocol=name, kind=first["kind"], unit=scoring.distance_unit(name, first))
   console.print(f"results     {output / 'pooled.json'}", markup=False, highlight=False)
   return result
+
+
+def _check_one_config(workdirs: Sequence[pathlib.Path], contents: Sequence[Mapping[str, Any]]) -> None:
+  first = configs.from_json(contents[0])
+  for workdir, content in zip(workdirs, contents, strict=True):
+    differing = [
+      line
+      for line in configs.differences(configs.from_json(content), first)
+      if not line.startswith(("config.seed:", "config.data.fold:", "config.init_from:"))
+    ]
+    if differing:
+      raise UserError(
+        f"{workdir}: was trained with another config than {workdirs[0]}, and a mean over them would mean nothing "
+        "(--compare takes two different runs):\n  " + "\n  ".join(differing)
+      )
 
 
 def pool(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -194,10 +217,10 @@ def score_ensemble(
   predictor = load_ensemble(workdirs, checkpoint=request.checkpoint, options=request.options)
   if request.data is None and len({config.data.dir for config in predictor.configs}) > 1:
     raise UserError("--ensemble: these runs were trained on different datasets; say which is scored with --data=DIR")
-  if request.split != "test" and len({config.data.get("fold", -1) for config in predictor.configs}) > 1:
+  if request.split != "test" and len({(c.data.dir, c.data.get("fold", -1)) for c in predictor.configs}) > 1:
     raise UserError(
-      f"--ensemble --split={request.split}: these runs were trained on different folds, each on cases that others "
-      "hold out; only --split=test is unseen by all"
+      f"--ensemble --split={request.split}: these runs were trained on different folds or preparations, each on cases "
+      "that others hold out; only --split=test is unseen by all"
     )
   return scoring.score_dataset(
     predictor,

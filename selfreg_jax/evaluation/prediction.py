@@ -5,7 +5,7 @@ import os
 import pathlib
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from rich.console import Console
@@ -135,27 +135,38 @@ def find_inputs(
     Case name -> its one file, or a file for each channel.
 
   Raises:
-    UserError: there are none, names clash, or channels are missing.
+    UserError: there are none, or names clash.
   """
   if not folder.is_dir():
     raise UserError(f"{folder}: is {'a file, not a folder' if folder.exists() else 'no folder'}; see --input")
   if output.resolve() == folder.resolve():
     raise UserError(f"{output}: --output must be another folder than --input, whose files it would overwrite")
-  found: dict[str, dict[str, pathlib.Path]] = {}
+  stems: dict[str, pathlib.Path] = {}
   for path in sorted(folder.iterdir()):
     if path.name.startswith(".") or not path.name.lower().endswith(_EXTENSIONS[kind]):
       continue
-    name, channel = path.stem if kind == "image" else path.name.removesuffix(".gz").removesuffix(".nii"), "0000"
-    match = _CHANNEL_SUFFIX.fullmatch(name)
-    if match and (channels > 1 or (kind == "volume" and match[2] == channel)):
-      name, channel = match.groups()
-    files = found.setdefault(name, {})
-    if channel in files:
-      raise UserError(f"{folder}: {files[channel].name} and {path.name} are the same case; keep one of them")
-    files[channel] = path
-  if not found:
+    name = path.stem if kind == "image" else path.name.removesuffix(".gz").removesuffix(".nii")
+    if name in stems:
+      raise UserError(f"{folder}: {stems[name].name} and {path.name} are the same case; keep one of them")
+    stems[name] = path
+  if not stems:
     raise UserError(f"{folder}: holds no {', '.join(_EXTENSIONS[kind])} files, which this network was trained on")
-  incomplete = [name for name, files in found.items() if len(files) not in (1, channels)]
-  if incomplete:
-    raise UserError(f"{folder}: the network takes {channels} channels, not all are there for {', '.join(incomplete)}")
-  return {name: [path for _, path in sorted(files.items())] for name, files in found.items()}
+  found: dict[str, list[pathlib.Path]] = {}
+  for base, numbers in _numbered(stems).items():
+    # Channels only where exactly the wanted ones are there: tile_0001, tile_0002, ... may be cases of their own.
+    complete = sorted(numbers) == [f"{channel:04d}" for channel in range(channels)]
+    if complete and (kind == "volume" or channels > 1):
+      found[base] = [stems.pop(f"{base}_{number}") for number in sorted(numbers)]
+  for name, path in stems.items():
+    if name in found:
+      raise UserError(f"{folder}: {found[name][0].name} and {path.name} are the same case; keep one of them")
+    found[name] = [path]
+  return dict(sorted(found.items()))
+
+
+def _numbered(stems: Iterable[str]) -> dict[str, list[str]]:
+  """The four-digit endings of names, by what stands before them."""
+  numbers: dict[str, list[str]] = {}
+  for match in filter(None, map(_CHANNEL_SUFFIX.fullmatch, stems)):
+    numbers.setdefault(match[1], []).append(match[2])
+  return numbers

@@ -8,9 +8,10 @@ import json
 import os
 import pathlib
 import resource
+import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +31,7 @@ from selfreg_jax.training.checkpoints import FOLDER, Checkpoints, load_trained
 
 Scores = dict[str, dict[str, protocols.ClassTable]]
 
+_RESULTS = ("overlays", "predictions", "cases.csv", "report.html")
 _VERSIONED = ("selfreg-jax", "jax", "flax", "numpy", "scipy", "nibabel")
 
 
@@ -190,12 +192,65 @@ def score_dataset(
   if not split_cases:
     raise UserError(f"{directory}: the {split} split is empty; prepare the dataset with {split} cases, or give --split")
   output = pathlib.Path(output)
-  _clear(output)
   say = functools.partial(console.print, markup=False, highlight=False)
   say(f"scoring     {len(split_cases)} {split} cases of {directory}")
   say(f"options     {predictor.options}")
+  seen = seen_in_training(predictor.config, manifest, directory, split_cases) if split != "train" else []
+  if seen:
+    say(f"warning     {len(seen)} of these cases were trained on; scores on them flatter: {', '.join(seen[:8])}")
+  with _replacing(output) as staging:
+    scores, removed = _score_cases(staging, predictor, manifest, directory, split_cases, workers, say)
+    blocks = {name: protocols.summarize(table, manifest.classes, protocol=name) for name, table in scores.items()}
+    summary = {
+      "protocols": blocks,
+      "cases": len(split_cases),
+      "data": {"directory": str(directory), "split": split, "fingerprint": manifest.fingerprint()},
+      "kind": manifest.kind,
+      "unit": manifest.unit,
+      "volume_unit": report.VOLUME_UNITS[manifest.unit],
+      "seen_in_training": seen,
+      "options": predictor.options.to_json(),
+      "config": configs.to_json(predictor.config),
+      "checkpoint": {"step": predictor.step, "val_dice": predictor.val_dice},
+      "versions": versions(),
+      "peak_memory_gib": peak_memory_gib(),
+    }
+    if members:
+      summary["ensemble"] = list(members)
+    if predictor.options.postprocess:
+      summary["postprocess_removed_voxels"] = removed
+    report.write_cases_csv(staging / "cases.csv", scores, manifest.classes)
+    html_report.write_report(
+      staging / "report.html",
+      summary=summary,
+      scores=scores,
+      manifest=manifest,
+      case_ids=[case.id for case in split_cases],
+      load_case=functools.partial(
+        _load_case, manifest=manifest, arrays=CaseArrays(directory), folder=staging / "predictions"
+      ),
+    )
+    report.write_summary(staging / "summary.json", summary)
+  for protocol, block in blocks.items():
+    report.print_table(block, console, protocol=protocol, kind=manifest.kind, unit=distance_unit(protocol, summary))
+  if predictor.options.postprocess:
+    say(f"postprocess {removed} voxels removed")
+  say(f"checkpoint  step {predictor.step} of {predictor.config.data.dir}")
+  say(f"results     {output}/summary.json, report.html, cases.csv, overlays/, predictions/")
+  return summary
 
-  scorer = CaseScorer.for_dataset(manifest, directory, output, postprocess=predictor.options.postprocess)
+
+def _score_cases(
+  staging: pathlib.Path,
+  predictor: Predictor,
+  manifest: Manifest,
+  directory: pathlib.Path,
+  split_cases: Sequence[Case],
+  workers: int,
+  say: Callable[[str], None],
+) -> tuple[Scores, int]:
+  """Scores the cases and writes their class maps and overlays; returns the scores and how many voxels were removed."""
+  scorer = CaseScorer.for_dataset(manifest, directory, staging, postprocess=predictor.options.postprocess)
   arrays = CaseArrays(directory)
   scores: Scores = {protocol: {} for protocol in protocols.PROTOCOLS}
   predictions = _predictions(predictor, manifest, split_cases, arrays)
@@ -209,42 +264,46 @@ def score_dataset(
       now = time.monotonic()
       say(f"{number}/{len(split_cases)} {outcome.case_id}: {outcome.caption}, {now - start:.1f} s")
       start = now
+  return scores, removed
 
-  blocks = {name: protocols.summarize(table, manifest.classes, protocol=name) for name, table in scores.items()}
-  summary = {
-    "protocols": blocks,
-    "cases": len(split_cases),
-    "data": {"directory": str(directory), "split": split, "fingerprint": manifest.fingerprint()},
-    "kind": manifest.kind,
-    "unit": manifest.unit,
-    "volume_unit": report.VOLUME_UNITS[manifest.unit],
-    "options": predictor.options.to_json(),
-    "config": configs.to_json(predictor.config),
-    "checkpoint": {"step": predictor.step, "val_dice": predictor.val_dice},
-    "versions": versions(),
-    "peak_memory_gib": peak_memory_gib(),
-  }
-  if members:
-    summary["ensemble"] = list(members)
-  if predictor.options.postprocess:
-    summary["postprocess_removed_voxels"] = removed
-  report.write_cases_csv(output / "cases.csv", scores, manifest.classes)
-  html_report.write_report(
-    output / "report.html",
-    summary=summary,
-    scores=scores,
-    manifest=manifest,
-    case_ids=[case.id for case in split_cases],
-    load_case=functools.partial(_load_case, manifest=manifest, arrays=arrays, folder=output / "predictions"),
-  )
-  report.write_summary(output / "summary.json", summary)  # last: where it is, the rest is
-  for protocol, block in blocks.items():
-    report.print_table(block, console, protocol=protocol, kind=manifest.kind, unit=distance_unit(protocol, summary))
-  if predictor.options.postprocess:
-    say(f"postprocess {removed} voxels removed")
-  say(f"checkpoint  step {predictor.step} of {predictor.config.data.dir}")
-  say(f"results     {output}/summary.json, report.html, cases.csv, overlays/, predictions/")
-  return summary
+
+@contextlib.contextmanager
+def _replacing(output: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A folder for results that take the place of an earlier evaluation's once they are complete, and not before."""
+  staging = output / ".partial"
+  shutil.rmtree(staging, ignore_errors=True)  # what an interrupted evaluation has left
+  for folder in ("overlays", "predictions"):
+    make_folder(staging / folder)
+  try:
+    yield staging
+    (output / "summary.json").unlink(missing_ok=True)  # the last to come: where it is, the rest belongs to it
+    for name in (*_RESULTS, "summary.json"):
+      if (output / name).is_dir():
+        shutil.rmtree(output / name)
+      (staging / name).replace(output / name)
+  finally:
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+def seen_in_training(
+  config: Any, manifest: Manifest, directory: pathlib.Path, split_cases: Sequence[Case]
+) -> list[str]:
+  """Ids of cases whose images are among those that a run was trained on, as far as its dataset is still there.
+
+  Args:
+    config: of the run.
+    manifest: of the dataset that is scored.
+    directory: its folder; the run's own dataset has been dealt into splits and needs no look.
+    split_cases: the cases that are scored.
+  """
+  own = pathlib.Path(config.data.dir)
+  if own.resolve() == pathlib.Path(directory).resolve() or not (own / manifests.FILE_NAME).is_file():
+    return []
+  trained_on = manifests.load(own)
+  if trained_on.folds:
+    trained_on = trained_on.with_fold(config.data.get("fold", -1))
+  images = {case.checksums["image"] for case in trained_on.split("train")}
+  return [case.id for case in split_cases if case.checksums["image"] in images]
 
 
 def distance_unit(protocol: str, summary: Mapping[str, Any]) -> str:
@@ -276,15 +335,6 @@ def _load_case(
   case = manifest.cases[case_id]
   path = class_maps.path_for(folder, case_id, manifest.kind)
   return arrays.image(case), arrays.label(case), class_maps.read_case(path, case, manifest)
-
-
-def _clear(output: pathlib.Path) -> None:
-  """Makes the folders for the results, free of those of an earlier evaluation, perhaps of other cases."""
-  for folder in ("overlays", "predictions"):
-    make_folder(output / folder)
-  for stale in ("summary.json", "report.html", "overlays/*.png", "predictions/*.nii.gz", "predictions/*.png"):
-    for path in output.glob(stale):
-      path.unlink()
 
 
 def check_fits(trained: DatasetInfo, manifest: Manifest, directory: str | os.PathLike) -> None:

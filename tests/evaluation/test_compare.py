@@ -69,7 +69,7 @@ def test_folds_score_their_own_cases_and_are_pooled(runs):
   workdirs = pooling.find_workdirs(str(runs / "run_*"))
   assert [path.name for path in workdirs] == ["run_0", "run_1"]
   output = pooling.default_output(workdirs, "eval_pooled")
-  assert output == runs / "eval_pooled"
+  assert output == runs / "eval_pooled_run"
   result = pooling.pool_workdirs(workdirs, scoring.Request(split="val"), output=output, console=quiet())
   assert json.loads((output / "pooled.json").read_text()) == result
   assert [run["cases"] for run in result["runs"]] == [2, 2]

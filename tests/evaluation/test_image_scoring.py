@@ -225,15 +225,21 @@ def test_volumes_of_several_channels_are_predicted(workdir):
 
 
 def test_files_of_channels_belong_together(tmp_path):
-  for name in ("a_0000.nii.gz", "a_0001.nii.gz", "b.nii", "c_0000.nii.gz", "note.txt"):
+  for name in ("a_0000.nii.gz", "a_0001.nii.gz", "b.nii", "c_0001.nii.gz", "note.txt"):
     (tmp_path / name).touch()
   found = prediction.find_inputs(tmp_path, tmp_path / "out", channels=2)
   assert {name: [path.name for path in paths] for name, paths in found.items()} == {
     "a": ["a_0000.nii.gz", "a_0001.nii.gz"],
     "b": ["b.nii"],
-    "c": ["c_0000.nii.gz"],
+    "c_0001": ["c_0001.nii.gz"],
   }
-  with pytest.raises(UserError, match="takes 3 channels, not all are there for a"):
-    prediction.find_inputs(tmp_path, tmp_path / "out", channels=3)
-  # A network of one channel takes scan_0001 for a case of its own.
-  assert list(prediction.find_inputs(tmp_path, tmp_path / "out")) == ["a", "a_0001", "b", "c"]
+  # Without exactly the channels that the network takes, numbers are part of the name: files are cases of their own.
+  assert list(prediction.find_inputs(tmp_path, tmp_path / "out", channels=3)) == ["a_0000", "a_0001", "b", "c_0001"]
+
+
+def test_numbered_images_are_cases_of_their_own(tmp_path):
+  names = [f"tile_{number:04d}" for number in (1, 2, 3)]
+  for name in names:
+    (tmp_path / f"{name}.png").touch()
+  assert list(prediction.find_inputs(tmp_path, tmp_path / "out", kind="image", channels=3)) == names
+  assert list(prediction.find_inputs(tmp_path, tmp_path / "out", kind="image", channels=1)) == names
