@@ -25,7 +25,7 @@ BACKGROUND = "background"
 MAX_CLASSES = 256  # labels are stored as uint8
 
 _EXTENSIONS = (".nii.gz", ".nii")
-_CHANNEL_SUFFIX = re.compile(r"(.+)_(\d{4})")  # nnU-Net's case_0000.nii.gz is channel 0 of case
+CHANNEL_SUFFIX = re.compile(r"(.+)_(\d{4})")  # nnU-Net's case_0000.nii.gz is channel 0 of case
 _DESCRIPTION = "dataset.json"
 _DEEPEST = 5  # folders between --source and the files of an archive that was unpacked with all its own folders
 
@@ -278,7 +278,7 @@ def _find_folder_pair(source: pathlib.Path, image_folder: str, label_folder: str
 
 def _split_channel(stem: str, labels: Mapping[str, Any]) -> tuple[int, str]:
   """`case_0001` -> 1, `case` where that is a label's name; a case may itself be called `scan_0001`."""
-  match = _CHANNEL_SUFFIX.fullmatch(stem)
+  match = CHANNEL_SUFFIX.fullmatch(stem)
   return (int(match[2]), match[1]) if match and stem not in labels and match[1] in labels else (0, stem)
 
 

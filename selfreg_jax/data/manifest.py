@@ -24,8 +24,6 @@ from selfreg_jax.errors import UserError
 FILE_NAME = "manifest.json"
 FORMAT = "selfreg_jax prepared dataset"
 FORMAT_VERSION = 2
-KINDS = ("volume", "image")
-UNITS = ("mm", "voxel", "pixel")
 SPLITS = ("train", "val", "test")
 _CHUNK_BYTES = 1 << 24  # what `checksum` holds in memory at a time
 

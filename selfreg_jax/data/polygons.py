@@ -18,8 +18,6 @@ from selfreg_jax.data.cases import CaseError, read_bytes
 _MOST_BYTES = 1 << 27
 # Outlines are drawn a little over the border. Further out than half an image they belong to another one.
 _OUTSIDE = 0.5
-
-
 _MOST_VERTICES = 100_000  # of one outline; rasterizing takes a byte for each of them and each row
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from rich import box, console, table, text
 from scipy import stats
 
+from selfreg_jax.data.datasets import listed
 from selfreg_jax.errors import UserError
 from selfreg_jax.evaluation import protocols, report
 
@@ -103,15 +104,10 @@ def compare(
 def _check_same_cases(ours: Mapping[str, Any], other: Mapping[str, Any]) -> None:
   lonely = {"this run": sorted(set(ours) - set(other)), "the other": sorted(set(other) - set(ours))}
   if any(lonely.values()):
-    parts = [f"only in {name}: {_listed(ids)}" for name, ids in lonely.items() if ids]
+    parts = [f"only in {name}: {listed(ids, _LISTED)}" for name, ids in lonely.items() if ids]
     raise UserError(
       f"--compare: the runs were scored on different cases, {'; '.join(parts)}; score both on the same data and split"
     )
-
-
-def _listed(ids: Sequence[str]) -> str:
-  rest = len(ids) - _LISTED
-  return ", ".join(ids[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _with_mean(values: np.ndarray) -> np.ndarray:

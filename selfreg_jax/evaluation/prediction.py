@@ -3,20 +3,18 @@
 import dataclasses
 import os
 import pathlib
-import re
 import time
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 from rich.console import Console
 
-from selfreg_jax.data import cases, images
+from selfreg_jax.data import cases, datasets, images
 from selfreg_jax.errors import UserError
 from selfreg_jax.evaluation import class_maps
 from selfreg_jax.evaluation.scoring import make_folder
 from selfreg_jax.predictor import Predictor
 
-_CHANNEL_SUFFIX = re.compile(r"(.+)_(\d{4})")  # nnU-Net names the channels of a case case_0000, case_0001, ...
 _EXTENSIONS = {"volume": (".nii", ".nii.gz"), "image": images.EXTENSIONS}
 
 
@@ -167,6 +165,6 @@ def find_inputs(
 def _numbered(stems: Iterable[str]) -> dict[str, list[str]]:
   """The four-digit endings of names, by what stands before them."""
   numbers: dict[str, list[str]] = {}
-  for match in filter(None, map(_CHANNEL_SUFFIX.fullmatch, stems)):
+  for match in filter(None, map(datasets.CHANNEL_SUFFIX.fullmatch, stems)):
     numbers.setdefault(match[1], []).append(match[2])
   return numbers
