@@ -8,14 +8,13 @@ request or in `dataset.json` is a UserError at once.
 
 import dataclasses
 import itertools
-import json
 import os
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from selfreg_jax.data import images
+from selfreg_jax.data import images, json_files
 from selfreg_jax.data.cases import LabelRule
 from selfreg_jax.data.readers import ImageCase, NiftiCase, Reader
 from selfreg_jax.errors import UserError
@@ -27,6 +26,7 @@ MAX_CLASSES = 256  # labels are stored as uint8
 _EXTENSIONS = (".nii.gz", ".nii")
 CHANNEL_SUFFIX = re.compile(r"(.+)_(\d{4})")  # nnU-Net's case_0000.nii.gz is channel 0 of case
 _DESCRIPTION = "dataset.json"
+_MOST_JSON_BYTES = 1 << 26  # of descriptions and lists of cases; a million ids take 20 MB
 _DEEPEST = 5  # folders between --source and the files of an archive that was unpacked with all its own folders
 
 
@@ -387,12 +387,9 @@ def relative(path: pathlib.Path, source: pathlib.Path) -> str:
 def read_json(path: pathlib.Path) -> dict[str, Any]:
   """Reads a file that holds one JSON object; raises UserError if it does not."""
   try:
-    content = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise UserError(f"{path}: cannot be read as JSON ({error})") from error
-  if not isinstance(content, dict):
-    raise UserError(f"{path}: holds a JSON {type(content).__name__}, not an object")
-  return content
+    return json_files.load_object(path, _MOST_JSON_BYTES)
+  except ValueError as error:
+    raise UserError(f"{path}: {error}") from error
 
 
 def parse_labels(labels: Any, path: pathlib.Path) -> tuple[str, ...]:

@@ -7,18 +7,25 @@ A prepared dataset is a folder:
     cases/<id>.label.npy     (slices, rows, columns) uint8 class ids; an image is a case of one slice
 
 The arrays are slices of whole cases at native resolution, in the orientation named by the manifest, and are read
-through memory maps. This module imports NumPy only.
+through memory maps. A manifest may come from somebody else: all of it is checked when it is loaded, and it can name no
+file outside its own folder. This module imports NumPy only.
 """
 
+import base64
+import collections
 import dataclasses
+import itertools
 import json
+import math
 import os
 import pathlib
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from selfreg_jax.data import json_files
 from selfreg_jax.errors import UserError
 
 FILE_NAME = "manifest.json"
@@ -26,6 +33,16 @@ FORMAT = "selfreg_jax prepared dataset"
 FORMAT_VERSION = 2
 SPLITS = ("train", "val", "test")
 _CHUNK_BYTES = 1 << 24  # what `checksum` holds in memory at a time
+_MOST_BYTES = 1 << 28  # of a manifest; a case takes one to three kilobytes
+_LISTED_MISTAKES = 20
+_KNOWN = {
+  "kind": ("volume", "image"),
+  "unit": ("mm", "voxel", "pixel"),
+  "dtype": ("uint16", "uint8", "float32"),
+  "orientation": ("ras", "stored"),
+  "axis": (0, 1, 2),
+}
+_INTENSITIES = ("window", "minmax", "zscore", "byte")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,16 +174,9 @@ class Manifest:
 
   @classmethod
   def from_json(cls, content: dict[str, Any]) -> "Manifest":
-    """The reverse of `to_json`; raises KeyError or TypeError on content that is not a manifest."""
+    """The reverse of `to_json`; raises ValueError, naming the field, on content of other types."""
     fields = {key: value for key, value in content.items() if key not in ("format", "version")}
-    cases = {
-      case_id: Case(**{key: _as_tuples(value) for key, value in case.items()})
-      for case_id, case in fields.pop("cases").items()
-    }
-    splits = {name: tuple(ids) for name, ids in fields.pop("splits").items()}
-    classes, folds = tuple(fields.pop("classes")), _as_tuples(fields.pop("folds"))
-    intensity = Intensity(**fields.pop("intensity"))
-    return cls(classes=classes, intensity=intensity, splits=splits, folds=folds, cases=cases, **fields)
+    return json_files.as_type(fields, cls, "manifest")
 
   def fingerprint(self) -> str:
     """CRC-32 over all that decides what is trained on: two preparations with equal fingerprints are interchangeable."""
@@ -202,7 +212,7 @@ class CaseArrays:
 
   def _map(self, name: str) -> np.ndarray:
     if name not in self._maps:
-      self._maps[name] = np.load(self.directory / name, mmap_mode="r")
+      self._maps[name] = np.load(self.directory / name, mmap_mode="r", allow_pickle=False)
     return self._maps[name]
 
 
@@ -234,10 +244,6 @@ class DatasetInfo:
     return cls(**content | {"classes": tuple(content["classes"]), "intensity": Intensity(**content["intensity"])})
 
 
-def _as_tuples(value: Any) -> Any:
-  return tuple(_as_tuples(item) for item in value) if isinstance(value, list) else value
-
-
 def checksum(path: str | os.PathLike) -> str:
   """CRC-32 of a file's bytes as eight hexadecimal digits, read in pieces."""
   crc = 0
@@ -256,7 +262,7 @@ def save(manifest: Manifest, directory: str | os.PathLike) -> None:
 
 
 def load(directory: str | os.PathLike, *, verify: bool = False) -> Manifest:
-  """Reads a prepared dataset's manifest and checks that every array it names is there and whole.
+  """Reads a prepared dataset's manifest and checks it, and that every array it names is there and whole.
 
   Args:
     directory: the folder that `python -m selfreg_jax.data.prepare --output` wrote.
@@ -266,7 +272,8 @@ def load(directory: str | os.PathLike, *, verify: bool = False) -> Manifest:
     The manifest.
 
   Raises:
-    UserError: the folder is no prepared dataset, or files are missing, cut short or changed; all of them are named.
+    UserError: the folder is no prepared dataset, its manifest contradicts itself or names files outside the folder, or
+      files are missing, cut short or changed; all of them are named.
   """
   directory = pathlib.Path(directory)
   path = directory / FILE_NAME
@@ -277,15 +284,19 @@ def load(directory: str | os.PathLike, *, verify: bool = False) -> Manifest:
       f"{directory}: no {FILE_NAME}; {hint} (python -m selfreg_jax.data.prepare --output={directory} ...)"
     )
   try:
-    content = json.loads(path.read_text())
-    if content["format"] != FORMAT or content["version"] != FORMAT_VERSION:
+    content = json_files.load_object(path, _MOST_BYTES)
+    if not {"format", "version"} <= {*content}:
+      raise ValueError("it names no format and version")
+    if (content["format"], content["version"]) != (FORMAT, FORMAT_VERSION):
       raise UserError(
         f"{path}: format {content['format']!r} version {content['version']!r} is not what this version reads "
         f"({FORMAT!r} version {FORMAT_VERSION}); prepare the dataset again"
       )
     manifest = Manifest.from_json(content)
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+  except ValueError as error:
     raise UserError(f"{path}: not a manifest ({error}); prepare the dataset again") from error
+  if mistakes := [*itertools.islice(_mistakes(manifest, directory), _LISTED_MISTAKES)]:
+    raise UserError(f"{path}: not usable; prepare the dataset again:\n  " + "\n  ".join(mistakes))
   faults = []
   for case in manifest.cases.values():
     faults += _faults(directory, manifest, case, verify)
@@ -294,18 +305,106 @@ def load(directory: str | os.PathLike, *, verify: bool = False) -> Manifest:
   return manifest
 
 
+def _mistakes(manifest: Manifest, directory: pathlib.Path) -> Iterator[str]:
+  """What in a manifest cannot be, a line each."""
+  for name, known in _KNOWN.items():
+    if getattr(manifest, name) not in known:
+      yield f"{name} is {getattr(manifest, name)!r}; known are {', '.join(map(str, known))}"
+  intensity = manifest.intensity
+  if intensity.kind not in _INTENSITIES:
+    yield f"intensity is {intensity.kind!r}; known are {', '.join(_INTENSITIES)}"
+  if intensity.kind == "window" and (None in (intensity.low, intensity.high) or intensity.low >= intensity.high):
+    yield f"the window runs from {intensity.low} to {intensity.high}"
+  if manifest.channels < 1 or manifest.scale <= 0:
+    yield f"{manifest.channels} channels and the scale {manifest.scale:g}, which must both be above 0"
+  if not 2 <= len({*manifest.classes}) == len(manifest.classes) <= 256:
+    yield f"{len(manifest.classes)} classes; 2 to 256 different ones are possible"
+  yield from _mistakes_of_splits(manifest)
+  for key, case in manifest.cases.items():
+    if case.id != key or not _usable_as_name(key):
+      yield f"case {key!r}: its id {case.id!r} is another, or cannot be a file's name"
+    for line in _mistakes_of_case(manifest, case, directory):
+      yield f"case {key!r}: {line}"
+
+
+def _mistakes_of_splits(manifest: Manifest) -> Iterator[str]:
+  if {*manifest.splits} != {*SPLITS}:
+    yield f"the splits are {', '.join(manifest.splits) or 'none'}, not {', '.join(SPLITS)}"
+    return
+  times = collections.Counter(itertools.chain.from_iterable(manifest.splits.values()))
+  for case_id, count in times.items():
+    if case_id not in manifest.cases:
+      yield f"case {case_id!r} of a split is not among the cases"
+    if count > 1:
+      yield f"case {case_id!r} is in {count} splits, or in one of them twice"
+  if manifest.folds and sorted(itertools.chain.from_iterable(manifest.folds)) != sorted(manifest.splits["train"]):
+    yield "the folds do not hold each case of the train split once"
+
+
+def _mistakes_of_case(manifest: Manifest, case: Case, directory: pathlib.Path) -> Iterator[str]:
+  for name in (case.image, case.label):
+    if not _lies_within(directory, name):
+      yield f"the file {name!r} does not lie in the dataset's folder"
+  slices, rows, columns, channels = case.shape
+  if min(case.shape) < 1 or channels != manifest.channels or (manifest.kind == "image" and slices != 1):
+    yield f"the shape {case.shape} is not one of {manifest.kind}s of {manifest.channels} channel(s)"
+    return
+  stored_as = (rows, columns) if manifest.kind == "image" else (slices, rows, columns)
+  if sorted(case.file_shape) != sorted(stored_as):
+    yield f"the shape {case.shape} is not that of a file of {case.file_shape}"
+  if min(case.spacing) <= 0:
+    yield f"the spacing {case.spacing} is not positive"
+  if case.affine is not None and not _is_affine(case.affine):
+    yield "the affine is no invertible matrix of 4 rows and columns"
+  if case.header is not None and not _is_base64(case.header):
+    yield "the header is not in base64"
+  voxels = math.prod(case.shape[:3])
+  if len(case.class_voxels) != manifest.num_classes or min(case.class_voxels) < 0 or sum(case.class_voxels) != voxels:
+    yield f"{case.class_voxels} voxels of each class; there are {manifest.num_classes} classes and {voxels} voxels"
+  if [*case.foreground_slices] != sorted({*case.foreground_slices} & {*range(slices)}):
+    yield f"slices of the foreground that are not among the {slices}, or out of order"
+  if not {"image", "label"} <= {*case.checksums} & {*case.sources}:
+    yield "checksums and sources of image and label are needed"
+
+
+def _usable_as_name(case_id: str) -> bool:
+  return case_id.isprintable() and case_id not in ("", ".", "..") and not {*case_id} & {*"/\\"}
+
+
+def _lies_within(directory: pathlib.Path, name: str) -> bool:
+  """Whether a path leads to a place below a folder, links followed."""
+  relative = pathlib.PureWindowsPath(name)  # knows the separators and the drives of all systems
+  if relative.anchor or ".." in relative.parts:
+    return False
+  try:
+    return (directory / name).resolve().is_relative_to(directory.resolve())
+  except (OSError, RuntimeError, ValueError):  # a circle of links, a name that is too long, a zero byte
+    return False
+
+
+def _is_affine(affine: tuple[tuple[float, ...], ...]) -> bool:
+  return [len(row) for row in affine] == [4] * 4 and abs(np.linalg.det(np.array(affine, float))) > 0
+
+
+def _is_base64(text: str) -> bool:
+  try:
+    return text.isascii() and base64.b64decode(text, validate=True) is not None
+  except ValueError:
+    return False
+
+
 def _faults(directory: pathlib.Path, manifest: Manifest, case: Case, verify: bool) -> list[str]:
   faults = []
   expected = {"image": (case.image, case.shape, manifest.dtype), "label": (case.label, case.shape[:3], "uint8")}
   for kind, (name, shape, dtype) in expected.items():
     path = directory / name
     try:
-      array = np.load(path, mmap_mode="r")  # opening the map checks the file's length against its header
-    except FileNotFoundError:
-      faults.append(f"{name}: missing")
-      continue
-    except (OSError, ValueError, EOFError) as error:
-      faults.append(f"{name}: {error}")
+      if not path.is_file():
+        raise ValueError("is not a file" if path.exists() else "missing")
+      # Opening the map checks the file's length against its header.
+      array = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # the headers of damaged files are given to Python's own parser
+      faults.append(f"{name}: {' '.join(str(error).split()) or type(error).__name__}")
       continue
     if array.shape != shape or array.dtype != dtype:
       faults.append(f"{name}: holds {array.dtype}{array.shape}, the manifest says {dtype}{shape}")

@@ -1,6 +1,7 @@
 """Prepared datasets of images, and runs on them, written by hand."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
@@ -47,8 +48,7 @@ def write_image_dataset(folder, *, folds=(), count=6, size=(40, 52)):
 def write_pack_dataset(folder, prepared):
   """`prepared` as if it came from a pack: no affine, no header, spacings of one voxel."""
   manifest = manifests.load(prepared)
-  folder.mkdir(parents=True)
-  (folder / "cases").symlink_to(prepared / "cases")
+  shutil.copytree(prepared / "cases", folder / "cases")
   cases = {}
   for case in manifest.cases.values():
     slices, rows, columns, _ = case.shape
