@@ -5,12 +5,16 @@ of a dataset at once. This module imports NumPy and nibabel only.
 """
 
 import base64
+import collections
+import contextlib
 import dataclasses
 import gzip
 import math
 import os
 import pathlib
 import zlib
+from collections.abc import Iterator, Mapping
+from typing import BinaryIO
 
 import nibabel as nib
 import numpy as np
@@ -35,7 +39,19 @@ STORED_FORMATS = {
   "byte": ("uint8", 1 / 255),
 }
 
+# Largest array that is read from a file, counted as float32 or as the file's own type, whichever is larger: what a
+# network sees is float32 once. A gibibyte is 512 x 512 x 1024 voxels, beyond the longest scans of the body in use, and
+# with the copies on the way keeps one case below 4 GiB, however small the file that promises it.
+MOST_BYTES = 1 << 30
+
+# Longest side of a slice. Resizing takes time and memory that grow with the square of it; slides are cut into tiles.
+MOST_PIXELS_A_SIDE = 1 << 14
+
+_MOST_TRAILING_BYTES = 1 << 20  # what may follow the voxels: some programs pad their files to whole blocks
+_MOST_EXTENSION_BYTES = 1 << 26  # what may stand between header and voxels: text of other programs
+_PIECE = 1 << 20  # bytes or values that are worked on at a time
 _LISTED_VALUES = 8
+_DISTINCT_VALUES = 1 << 16  # strange labels that are told apart; with more, it is no label
 _GZIP_MAGIC = b"\x1f\x8b"
 _LENGTH_UNITS = {1: "metres", 3: "micrometres"}  # NIfTI's xyzt_units, lowest three bits; 0 is unknown, 2 millimetres
 
@@ -82,8 +98,9 @@ class RawVolume:
 def read_nifti(path: str | os.PathLike, *, channels: bool = False) -> RawVolume:
   """Reads a whole .nii or .nii.gz file and checks all that one file can be checked for.
 
-  A gzip stream is read to its end, so that truncation and a wrong CRC are noticed. Axes of length 1 beyond the third
-  are dropped: several tools write a volume as (x, y, z, 1), or its channels as (x, y, z, 1, channels).
+  A gzip stream is read to its end, so that truncation and a wrong CRC are noticed; memory is taken for what the header
+  declares, once that was found small enough, and for nothing beyond. Axes of length 1 after the third are dropped:
+  several tools write a volume as (x, y, z, 1), or its channels as (x, y, z, 1, channels).
 
   Args:
     path: the file.
@@ -93,14 +110,23 @@ def read_nifti(path: str | os.PathLike, *, channels: bool = False) -> RawVolume:
     The volume, every voxel finite.
 
   Raises:
-    CaseError: the file cannot be read, is damaged or no NIfTI file, or holds something other than one finite,
-      real-valued volume with positive voxel sizes in millimetres and an invertible affine.
+    CaseError: the file cannot be read, is damaged, too large or no NIfTI file, or holds something other than one
+      finite, real-valued volume with positive voxel sizes in millimetres and an invertible affine.
   """
-  content = read_bytes(pathlib.Path(path))
-  header = _parse_header(content)
-  shape = _array_shape(header, channels)
-  affine = _checked_affine(header)
-  array = _scaled(_stored_voxels(content, header, shape), header)
+  path = pathlib.Path(path)
+  with _opened(path) as stream:
+    try:
+      header = _parse_header(stream.read(nib.Nifti2Header.sizeof_hdr))
+      shape = _array_shape(header, channels)
+      affine = _checked_affine(header)
+      voxels = _stored_voxels(stream, header, shape)
+      if not _ends_within(stream, _MOST_TRAILING_BYTES):
+        raise CaseError(f"holds more than its header declares ({shape} {voxels.dtype} voxels); the header is wrong")
+    except CaseError:
+      _ends_within(stream, MOST_BYTES)  # a damaged stream makes damaged headers: then that is what to say
+      raise
+  array = _scaled(voxels, header)
+  del voxels
   check_finite(array)
   return RawVolume(array, affine, header)
 
@@ -137,44 +163,93 @@ def write_like(path: str | os.PathLike, array: np.ndarray, header: nib.Nifti1Hea
 
 
 def peek_shape(path: str | os.PathLike) -> tuple[int, ...] | None:
-  """The (x, y, z[, channels]) that a file's header promises, read from its first bytes; None if it cannot be had."""
-  path = pathlib.Path(path)
+  """The (x, y, z[, channels]) that a file's header promises, read from its first bytes.
+
+  None if it cannot be had, or if the file will be refused for it.
+  """
   try:
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-      return _array_shape(_parse_header(file.read(nib.Nifti2Header.sizeof_hdr)), channels=True)
-  except (OSError, EOFError, zlib.error, CaseError):
+    with _opened(pathlib.Path(path)) as stream:
+      header = _parse_header(stream.read(nib.Nifti2Header.sizeof_hdr))
+      shape = _array_shape(header, channels=True)
+      check_size(shape, _stored_dtype(header))
+      return shape
+  except CaseError:
     return None
 
 
-def read_bytes(path: pathlib.Path) -> bytes:
-  """A file's content, unpacked if its name ends in .gz; raises CaseError where there is none to be had."""
-  try:
-    if path.is_dir():
-      raise CaseError("is a folder, not a file")
-    if path.suffix != ".gz":
-      content = path.read_bytes()
-    elif path.stat().st_size == 0:
-      content = b""
-    else:
-      with gzip.open(path) as file:
-        content = file.read()
-  except EOFError as error:
-    raise CaseError("truncated: the gzip stream stops before its end") from error
-  except (gzip.BadGzipFile, zlib.error) as error:
-    raise CaseError(f"damaged or not a gzip file ({_one_line(error)})") from error
-  except OSError as error:
-    raise CaseError(f"cannot be read ({error.strerror or _one_line(error)})") from error
+def check_size(shape: tuple[int, ...], dtype: np.dtype) -> None:
+  """Raises CaseError where an array that a file declares is larger than `MOST_BYTES`; to be asked before reading it."""
+  size = math.prod(shape) * max(dtype.itemsize, np.dtype(np.float32).itemsize)
+  if size > MOST_BYTES:
+    raise CaseError(
+      f"declares an array of {shape} {dtype}, {size / (1 << 30):.3g} GiB where at most {MOST_BYTES >> 30} GiB is read; "
+      "if it holds that, cut it into parts, or store it with fewer bytes a value"
+    )
+
+
+def read_bytes(path: pathlib.Path, most: int) -> bytes:
+  """A file's content, unpacked if its name ends in .gz.
+
+  Args:
+    path: the file.
+    most: bytes that there may be.
+
+  Returns:
+    The content, at least one byte.
+
+  Raises:
+    CaseError: there is none to be had, or too much.
+  """
+  with _opened(path) as stream:
+    content = stream.read(most + 1)
   if not content:
     raise CaseError("is empty")
+  if len(content) > most:
+    raise CaseError(f"holds more than {most >> 20} MiB, which no usable file of its kind does")
   return content
 
 
-def _one_line(error: Exception) -> str:
+def check_regular(path: pathlib.Path) -> None:
+  """Raises CaseError for folders, and for devices, which may have no end."""
+  if path.is_dir():
+    raise CaseError("is a folder, not a file")
+  if path.is_char_device() or path.is_block_device():
+    raise CaseError("is a device, not a file")
+
+
+@contextlib.contextmanager
+def _opened(path: pathlib.Path) -> Iterator[BinaryIO]:
+  """A file's content as a stream, unpacked if its name ends in .gz; whatever goes wrong in the body is a CaseError."""
+  try:
+    check_regular(path)
+    if path.stat().st_size == 0 and path.is_file():
+      raise CaseError("is empty")
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+      yield stream
+  except EOFError as error:
+    raise CaseError("truncated: the gzip stream stops before its end") from error
+  except (gzip.BadGzipFile, zlib.error) as error:
+    raise CaseError(f"damaged or not a gzip file ({one_line(error)})") from error
+  except OSError as error:
+    raise CaseError(f"cannot be read ({error.strerror or one_line(error)})") from error
+
+
+def _ends_within(stream: BinaryIO, most: int) -> bool:
+  """Whether a stream ends after no more than so many bytes, which are passed over."""
+  while most >= 0 and (piece := stream.read(_PIECE)):
+    most -= len(piece)
+  return most >= 0
+
+
+def one_line(error: Exception) -> str:
+  """An error's message without line breaks."""
   return " ".join(str(error).split())
 
 
 def _parse_header(content: bytes) -> nib.Nifti1Header:
   """The header of a single-file NIfTI-1 or NIfTI-2, unrepaired: nibabel's own loading mends bad fields silently."""
+  if not content:
+    raise CaseError("is empty")
   if content.startswith(_GZIP_MAGIC):
     raise CaseError("is compressed by gzip; name it .nii.gz")
   for kind in (nib.Nifti1Header, nib.Nifti2Header):
@@ -213,7 +288,7 @@ def _checked_affine(header: nib.Nifti1Header) -> np.ndarray:
   try:
     affine = np.asarray(header.get_best_affine(), np.float64)
   except (HeaderDataError, ValueError) as error:
-    raise CaseError(f"damaged affine ({_one_line(error)})") from error
+    raise CaseError(f"damaged affine ({one_line(error)})") from error
   lengths = np.linalg.norm(affine[:3, :3], axis=0)
   if not np.isfinite(affine).all() or not lengths.all() or abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-3:
     raise CaseError("affine is singular or not finite: " + "; ".join(_numbers(row) for row in affine[:3]))
@@ -224,8 +299,7 @@ def _numbers(values: np.ndarray) -> str:
   return "(" + ", ".join(f"{value:g}" for value in values) + ")"
 
 
-def _stored_voxels(content: bytes, header: nib.Nifti1Header, shape: tuple[int, ...]) -> np.ndarray:
-  """The voxels (x, y, z[, channels]) before scaling: a view of the file's bytes."""
+def _stored_dtype(header: nib.Nifti1Header) -> np.dtype:
   try:
     dtype = header.get_data_dtype()
   except (HeaderDataError, KeyError) as error:
@@ -233,13 +307,23 @@ def _stored_voxels(content: bytes, header: nib.Nifti1Header, shape: tuple[int, .
   if dtype.kind not in "iuf":
     what = {"c": "complex numbers", "V": "RGB colours"}.get(dtype.kind, str(dtype))
     raise CaseError(f"holds {what}; one real number a voxel is needed")
+  return dtype
+
+
+def _stored_voxels(stream: BinaryIO, header: nib.Nifti1Header, shape: tuple[int, ...]) -> np.ndarray:
+  """The voxels (x, y, z[, channels]) before scaling."""
+  dtype = _stored_dtype(header)
+  check_size(shape, dtype)
   offset = float(header["vox_offset"]) or header.single_vox_offset
-  if not header.single_vox_offset <= offset < math.inf:
+  if not 0 <= offset - header.single_vox_offset <= _MOST_EXTENSION_BYTES:
     raise CaseError(f"damaged header: the voxels start at byte {offset:g}")
-  needed = int(offset) + math.prod(shape) * dtype.itemsize
-  if len(content) < needed:
-    raise CaseError(f"truncated: {len(content)} bytes where the header promises {needed}")
-  voxels = np.frombuffer(content, dtype, count=math.prod(shape), offset=int(offset))
+  voxels = np.empty(math.prod(shape), dtype)
+  start, buffer, filled = stream.seek(int(offset)), voxels.view(np.uint8).data, 0
+  while filled < len(buffer) and (count := stream.readinto(buffer[filled : filled + _PIECE])):
+    filled += count
+  if filled < len(buffer):
+    found = stream.seek(0, os.SEEK_END) if filled == 0 else start + filled
+    raise CaseError(f"truncated: {found} bytes where the header promises {int(offset) + len(buffer)}")
   return voxels.reshape(shape, order="F")
 
 
@@ -247,14 +331,14 @@ def _scaled(voxels: np.ndarray, header: nib.Nifti1Header) -> np.ndarray:
   try:
     slope, intercept = header.get_slope_inter()
   except HeaderDataError as error:
-    raise CaseError(f"damaged header: {_one_line(error)}") from error
-  if slope is None or (slope, intercept) == (1.0, 0.0):
-    native = voxels.dtype.newbyteorder("=") if voxels.dtype.kind in "iu" else np.float32
-    with np.errstate(over="ignore"):  # beyond float32 becomes Inf, which is refused as such
+    raise CaseError(f"damaged header: {one_line(error)}") from error
+  with np.errstate(over="ignore", invalid="ignore"):  # beyond float32 becomes Inf or NaN, which is refused as such
+    if slope is None or (slope, intercept) == (1.0, 0.0):
+      native = voxels.dtype.newbyteorder("=") if voxels.dtype.kind in "iu" else np.float32
       return voxels.astype(native, copy=False)
-  scaled = voxels.astype(np.float32)
-  scaled *= np.float32(slope)
-  scaled += np.float32(intercept)
+    scaled = voxels.astype(np.float32)
+    scaled *= np.float32(slope)
+    scaled += np.float32(intercept)
   return scaled
 
 
@@ -344,16 +428,24 @@ def check_slices(image: np.ndarray) -> None:
     image: (slices, rows, columns, channels), raw.
 
   Raises:
-    CaseError: a channel has one (float32) value everywhere, or the slices are less than two voxels wide.
+    CaseError: a channel has one (float32) value everywhere or a range that float32 cannot hold, or the slices are less
+      than two voxels wide, or larger than can be resized.
   """
   slices, rows, columns, channels = image.shape
   for channel in range(channels):
     low, high = np.float32(image[..., channel].min()), np.float32(image[..., channel].max())
+    where = f"in channel {channel} " if channels > 1 else ""
     if low == high:
-      where = f"in channel {channel} " if channels > 1 else ""
       raise CaseError(f"is constant: {where}every voxel is {low:g}")
+    with np.errstate(over="ignore"):
+      if not np.isfinite(high - low):
+        raise CaseError(f"{where}values from {low:g} to {high:g} are too far apart to be mapped in float32")
   if min(rows, columns) < 2:
     raise CaseError(f"slices of {rows} x {columns} voxels ({slices} of them) are too small: two a side are needed")
+  if max(rows, columns) > MOST_PIXELS_A_SIDE:
+    raise CaseError(
+      f"slices of {rows} x {columns} voxels are too large: {MOST_PIXELS_A_SIDE} a side; cut it into tiles"
+    )
 
 
 def check_pair(image: RawVolume, label: RawVolume) -> None:
@@ -396,30 +488,55 @@ def checked_labels(array: np.ndarray, rule: LabelRule) -> np.ndarray:
   Raises:
     CaseError: values that are no integers or that the rule does not know; they are named with their numbers of voxels.
   """
-  if array.dtype.kind == "f":
-    rounded = np.rint(array)
-    fractional = np.abs(array - rounded) > LABEL_TOLERANCE
-    if fractional.any():
-      raise CaseError(f"labels are not integers: {_value_counts(array[fractional])}; an image or probabilities?")
-    array = rounded
+  if not (array.flags.c_contiguous or array.flags.f_contiguous):
+    array = np.ascontiguousarray(array)
   known = math.inf if rule.instances else len(rule.table or range(rule.num_classes))
-  if array.min() < 0 or array.max() >= known:
-    strange = array[(array < 0) | (array >= known)]
+  classes, strange, highest = np.empty_like(array, np.uint8), collections.Counter(), -math.inf
+  flat, flat_classes = array.ravel(order="K"), classes.ravel(order="K")  # views
+  for start in range(0, array.size, _PIECE):  # in pieces: copies of a whole float volume would fill the memory
+    values = _integers(flat[start : start + _PIECE])
+    outside = (values < 0) | (values >= known)
+    if outside.any():
+      strange.update(_counted(values[outside]))
+      if len(strange) > _DISTINCT_VALUES:
+        break
+    elif not strange:
+      highest = max(highest, values.max())
+      flat_classes[start : start + _PIECE] = _class_ids(values, rule)
+  if strange:
     what = "negative labels" if rule.instances else f"labels outside the {known} classes 0..{known - 1}"
     raise CaseError(f"{what}: {_value_counts(strange)}; {rule.hint}")
-  if rule.must_exceed is not None and array.max() <= rule.must_exceed:
+  if rule.must_exceed is not None and highest <= rule.must_exceed:
     raise CaseError(f"no label is above {rule.must_exceed}; {rule.hint}")
+  return classes
+
+
+def _integers(values: np.ndarray) -> np.ndarray:
+  if values.dtype.kind != "f":
+    return values
+  rounded = np.rint(values)
+  fractional = np.abs(values - rounded) > LABEL_TOLERANCE
+  if fractional.any():
+    counts = _value_counts(_counted(values[fractional]))
+    raise CaseError(f"labels are not integers: {counts}; an image or probabilities?")
+  return rounded
+
+
+def _class_ids(values: np.ndarray, rule: LabelRule) -> np.ndarray:
   if rule.instances:
-    return (array > 0).astype(np.uint8)
-  array = array.astype(np.uint8)
-  return array if rule.table is None else np.asarray(rule.table, np.uint8)[array]
+    return values > 0
+  return values if rule.table is None else np.asarray(rule.table, np.uint8)[values.astype(np.uint8)]
 
 
-def _value_counts(values: np.ndarray) -> str:
+def _counted(values: np.ndarray) -> dict[float, int]:
   unique, counts = np.unique(values, return_counts=True)
-  listed = zip(unique[:_LISTED_VALUES], counts[:_LISTED_VALUES], strict=True)
-  text = ", ".join(f"{value:.10g} ({count} voxels)" for value, count in listed)
-  return text + (f" and {len(unique) - _LISTED_VALUES} more values" if len(unique) > _LISTED_VALUES else "")
+  return dict(zip(unique.tolist(), counts.tolist(), strict=True))
+
+
+def _value_counts(counts: Mapping[float, int]) -> str:
+  listed = sorted(counts)[:_LISTED_VALUES]
+  text = ", ".join(f"{value:.10g} ({counts[value]} voxels)" for value in listed)
+  return text + (f" and {len(counts) - _LISTED_VALUES} more values" if len(counts) > _LISTED_VALUES else "")
 
 
 def apply_intensity(array: np.ndarray, intensity: Intensity) -> np.ndarray:
@@ -434,15 +551,19 @@ def apply_intensity(array: np.ndarray, intensity: Intensity) -> np.ndarray:
     A new float32 array of the same shape, C-contiguous.
 
   Raises:
-    CaseError: "byte" for values that are not 8-bit.
+    CaseError: "byte" for values that are not 8-bit, "zscore" for a deviation that float32 takes for none.
   """
   if intensity.kind == "byte":
     return _bytes_to_unit(array)
   output = array.astype(np.float32, order="C")
   if intensity.kind == "zscore":
-    mean, deviation = float(array.mean(dtype=np.float64)), float(array.std(dtype=np.float64))
+    mean = float(array.mean(dtype=np.float64))
+    # Slice by slice: NumPy's own deviation takes two float64 copies of the volume.
+    variance = sum(float(np.square(np.subtract(part, mean, dtype=np.float64)).sum()) for part in array) / array.size
+    if not (deviation := np.float32(math.sqrt(variance))):
+      raise CaseError(f"is as good as constant: values deviate by {math.sqrt(variance):g} from their mean {mean:g}")
     output -= np.float32(mean)
-    output /= np.float32(deviation)
+    output /= deviation
     return output
   if intensity.kind == "window":
     low, high = np.float32(intensity.low), np.float32(intensity.high)

@@ -11,15 +11,17 @@ import warnings
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from selfreg_jax.data.cases import CaseError, read_bytes
+from selfreg_jax.data.cases import CaseError, check_regular, one_line, read_bytes
 
 EXTENSIONS = (".png", ".bmp", ".tif", ".tiff")
 
 _FORMATS = ("PNG", "BMP", "TIFF")
 _ONE_VALUE_A_PIXEL = ("1", "L", "I", "I;16", "I;16B", "F")
 _BITS_PER_SAMPLE = 258  # tag of TIFF
+_MOST_BYTES = 1 << 30  # of a file; Pillow's limit of pixels, with four values of two bytes each, is 0.7 GiB
 # What Pillow raises on damaged files, apart from OSError.
 _DAMAGE = (SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error)
+_BOMB = (Image.DecompressionBombWarning, Image.DecompressionBombError)
 
 
 def read_image(path: pathlib.Path) -> np.ndarray:
@@ -74,18 +76,20 @@ def read_mask(path: pathlib.Path) -> np.ndarray:
 
 
 def peek_shape(path: pathlib.Path) -> tuple[int, int, int] | None:
-  """(rows, columns, channels) that a file's header promises; None if they cannot be had."""
+  """(rows, columns, channels) that a file's header promises; None if they cannot be had, or will be refused."""
   try:
+    check_regular(path)
     with warnings.catch_warnings():
-      warnings.simplefilter("ignore")  # reading it will tell
+      warnings.simplefilter("ignore")
+      warnings.simplefilter("error", Image.DecompressionBombWarning)
       with Image.open(path, formats=_FORMATS) as picture:
         return picture.height, picture.width, 1 if picture.mode in (*_ONE_VALUE_A_PIXEL, "LA") else 3
-  except (OSError, Image.DecompressionBombError, *_DAMAGE):
+  except (CaseError, OSError, *_BOMB, *_DAMAGE):
     return None
 
 
 def _read(path: pathlib.Path) -> Image.Image:
-  content = read_bytes(path)
+  content = read_bytes(path, _MOST_BYTES)
   try:
     with warnings.catch_warnings():
       warnings.simplefilter("ignore")  # what Pillow warns of on the way to an error
@@ -97,12 +101,12 @@ def _read(path: pathlib.Path) -> Image.Image:
         raise CaseError(f"holds {picture.n_frames} pages; one image a file is needed")
       _check_depth(picture, content)
       picture.load()
-  except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+  except _BOMB as error:
     raise CaseError(f"has more than {Image.MAX_IMAGE_PIXELS} pixels; cut it into tiles") from error
   except UnidentifiedImageError as error:
     raise CaseError("is not a PNG, BMP or TIFF file, or its first bytes are damaged") from error
   except (OSError, *_DAMAGE) as error:
-    raise CaseError(f"damaged or truncated ({' '.join(str(error).split()) or type(error).__name__})") from error
+    raise CaseError(f"damaged or truncated ({one_line(error) or type(error).__name__})") from error
   return picture
 
 

@@ -14,8 +14,9 @@ from defusedxml.common import DefusedXmlException
 
 from selfreg_jax.data.cases import CaseError, read_bytes
 
-# A file of outlines drawn by hand on one image stays far below; MoNuSeg's largest has a few megabytes.
-_MOST_BYTES = 1 << 27
+# A file of outlines drawn by hand on one image stays far below; MoNuSeg's largest has a few megabytes. An element
+# takes up to fifty times its length in memory.
+_MOST_BYTES = 1 << 25
 # Outlines are drawn a little over the border. Further out than half an image they belong to another one.
 _OUTSIDE = 0.5
 _MOST_VERTICES = 100_000  # of one outline; rasterizing takes a byte for each of them and each row
@@ -34,10 +35,8 @@ def read_polygons(path: pathlib.Path) -> list[np.ndarray]:
     CaseError: the file cannot be read, is too large, no such XML or holds a document type, no region, a region that
       cuts out (NegativeROA), or vertices that are no finite numbers.
   """
-  if path.is_file() and path.stat().st_size > _MOST_BYTES:
-    raise CaseError(f"has more than {_MOST_BYTES >> 20} MiB; outlines of one image are expected")
   try:
-    root = defusedxml.ElementTree.fromstring(read_bytes(path), forbid_dtd=True)
+    root = defusedxml.ElementTree.fromstring(read_bytes(path, _MOST_BYTES), forbid_dtd=True)
   except ParseError as error:
     raise CaseError(f"damaged or no XML file ({error})") from error
   except DefusedXmlException as error:

@@ -7,7 +7,7 @@ import h5py
 import numpy as np
 import pytest
 
-from selfreg_jax.data import packs
+from selfreg_jax.data import cases, packs
 from selfreg_jax.data.cases import CaseError
 
 IMAGE = np.linspace(0, 1, 24).reshape(2, 3, 4)
@@ -127,6 +127,6 @@ def _layout(source):
 @pytest.mark.parametrize("name", ["case.npz", "case.npy.h5"])
 def test_arrays_that_would_fill_the_memory_are_not_unpacked(tmp_path, monkeypatch, name):
   path = write(tmp_path / name)
-  monkeypatch.setattr(packs, "_MOST_BYTES", 100)
-  with pytest.raises(CaseError, match="would unpack to more"):
+  monkeypatch.setattr(cases, "MOST_BYTES", 95)
+  with pytest.raises(CaseError, match="at most"):
     packs.read_arrays(path, "image", rank=3)
