@@ -26,7 +26,7 @@ MAX_CLASSES = 256  # labels are stored as uint8
 _EXTENSIONS = (".nii.gz", ".nii")
 CHANNEL_SUFFIX = re.compile(r"(.+)_(\d{4})")  # nnU-Net's case_0000.nii.gz is channel 0 of case
 _DESCRIPTION = "dataset.json"
-_MOST_JSON_BYTES = 1 << 26  # of descriptions and lists of cases; a million ids take 20 MB
+_MOST_JSON_BYTES = 1 << 25  # of descriptions and lists of cases; a million ids take 20 MB
 _DEEPEST = 5  # folders between --source and the files of an archive that was unpacked with all its own folders
 
 
@@ -114,6 +114,8 @@ def find_msd(source: pathlib.Path, classes: tuple[str, ...] | None = None) -> Ra
     )
   description = read_json(path)
   channels = description.get("channel_names", description.get("modality")) or {"0": ""}
+  if not isinstance(channels, (dict, list)):
+    raise UserError(f'{path}: "channel_names" (or "modality") names the channels, for instance {{"0": "CT"}}')
   classes = classes or parse_labels(description.get("labels"), path)
   training = _find_folder_pair(source, "imagesTr", "labelsTr")
   test = _find_folder_pair(source, "imagesTs", "labelsTs") if (source / "labelsTs").is_dir() else Found()
@@ -449,8 +451,8 @@ def check_classes(classes: tuple[str, ...], where: str) -> tuple[str, ...]:
   """Returns the class names; raises UserError unless they are 2 to 256 different, non-empty ones."""
   if not 2 <= len(classes) <= MAX_CLASSES:
     raise UserError(f"{where}: {len(classes)} classes with the background; 2 to {MAX_CLASSES} are possible")
-  if not all(name.strip() for name in classes) or len(set(classes)) < len(classes):
-    raise UserError(f"{where}: class names must be different and not empty, they are {', '.join(classes)}")
+  if not all(name.strip() and name.isprintable() for name in classes) or len(set(classes)) < len(classes):
+    raise UserError(f"{where}: class names must be different, printable and not empty, they are {', '.join(classes)}")
   return classes
 
 

@@ -33,8 +33,9 @@ FORMAT = "selfreg_jax prepared dataset"
 FORMAT_VERSION = 2
 SPLITS = ("train", "val", "test")
 _CHUNK_BYTES = 1 << 24  # what `checksum` holds in memory at a time
-_MOST_BYTES = 1 << 28  # of a manifest; a case takes one to three kilobytes
+_MOST_BYTES = 1 << 27  # of a manifest; a case takes one to three kilobytes
 _LISTED_MISTAKES = 20
+_LONGEST_NAME = 255  # of a file or folder, in characters
 _KNOWN = {
   "kind": ("volume", "image"),
   "unit": ("mm", "voxel", "pixel"),
@@ -42,6 +43,7 @@ _KNOWN = {
   "orientation": ("ras", "stored"),
   "axis": (0, 1, 2),
 }
+_OPPOSITE = {"L": "R", "R": "L", "P": "A", "A": "P", "I": "S", "S": "I"}
 _INTENSITIES = ("window", "minmax", "zscore", "byte")
 
 
@@ -254,10 +256,17 @@ def checksum(path: str | os.PathLike) -> str:
 
 
 def save(manifest: Manifest, directory: str | os.PathLike) -> None:
-  """Writes `manifest.json` under a temporary name and renames it: it exists whole or not at all."""
+  """Writes `manifest.json` under a temporary name and renames it: it exists whole or not at all.
+
+  Raises:
+    UserError: there are more cases than `load` would read.
+  """
   path = pathlib.Path(directory) / FILE_NAME
   temporary = path.with_name(path.name + ".partial")
-  temporary.write_text(json.dumps(manifest.to_json(), indent=1) + "\n")
+  text = json.dumps(manifest.to_json(), indent=1) + "\n"
+  if len(text) > _MOST_BYTES:
+    raise UserError(f"{directory}: {len(manifest.cases)} cases are too many for one dataset; prepare several")
+  temporary.write_text(text)
   temporary.replace(path)
 
 
@@ -344,7 +353,7 @@ def _mistakes_of_splits(manifest: Manifest) -> Iterator[str]:
 def _mistakes_of_case(manifest: Manifest, case: Case, directory: pathlib.Path) -> Iterator[str]:
   for name in (case.image, case.label):
     if not _lies_within(directory, name):
-      yield f"the file {name!r} does not lie in the dataset's folder"
+      yield f"the file {name[:_LONGEST_NAME]!r} does not lie in the dataset's folder"
   slices, rows, columns, channels = case.shape
   if min(case.shape) < 1 or channels != manifest.channels or (manifest.kind == "image" and slices != 1):
     yield f"the shape {case.shape} is not one of {manifest.kind}s of {manifest.channels} channel(s)"
@@ -356,6 +365,8 @@ def _mistakes_of_case(manifest: Manifest, case: Case, directory: pathlib.Path) -
     yield f"the spacing {case.spacing} is not positive"
   if case.affine is not None and not _is_affine(case.affine):
     yield "the affine is no invertible matrix of 4 rows and columns"
+  if case.axcodes is not None and {*case.axcodes, *(_OPPOSITE.get(code) for code in case.axcodes)} != {*_OPPOSITE}:
+    yield f"the axes run towards {case.axcodes}, which are not three directions"
   if case.header is not None and not _is_base64(case.header):
     yield "the header is not in base64"
   voxels = math.prod(case.shape[:3])
@@ -374,16 +385,20 @@ def _usable_as_name(case_id: str) -> bool:
 def _lies_within(directory: pathlib.Path, name: str) -> bool:
   """Whether a path leads to a place below a folder, links followed."""
   relative = pathlib.PureWindowsPath(name)  # knows the separators and the drives of all systems
-  if relative.anchor or ".." in relative.parts:
+  longest = max(map(len, relative.parts), default=0)
+  if relative.anchor or ".." in relative.parts or not 0 < longest <= _LONGEST_NAME:
     return False
   try:
     return (directory / name).resolve().is_relative_to(directory.resolve())
-  except (OSError, RuntimeError, ValueError):  # a circle of links, a name that is too long, a zero byte
+  except (OSError, RuntimeError, ValueError):  # a circle of links, a zero byte
     return False
 
 
 def _is_affine(affine: tuple[tuple[float, ...], ...]) -> bool:
-  return [len(row) for row in affine] == [4] * 4 and abs(np.linalg.det(np.array(affine, float))) > 0
+  if [len(row) for row in affine] != [4] * 4 or affine[3] != (0, 0, 0, 1):
+    return False
+  lengths = np.linalg.norm(np.array(affine, float)[:3, :3], axis=0)
+  return lengths.all() and abs(np.linalg.det(np.array(affine, float)[:3, :3] / lengths)) > 0
 
 
 def _is_base64(text: str) -> bool:

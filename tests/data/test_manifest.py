@@ -168,3 +168,109 @@ def test_a_fold_holds_its_cases_out_and_must_be_chosen(dataset):
   assert made.with_fold(-1) is made
   with pytest.raises(UserError, match="has no folds: give -1"):
     made.with_fold(0)
+
+
+def rewrite(directory, made, way, value):
+  """Writes the manifest with another value in one place, past all checks."""
+  content = made.to_json()
+  node = content
+  for key in way[:-1]:
+    node = node[key]
+  node[way[-1]] = value
+  (directory / "manifest.json").write_text(json.dumps(content))
+
+
+OUTSIDE = ["/etc/passwd", "../a.npy", "cases/../../a.npy", "..\\a.npy", "C:\\a.npy", "", ".", "a\0b", "a" * 5000]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+@pytest.mark.parametrize("kind", ["image", "label"])
+def test_a_manifest_cannot_name_files_outside_its_folder(dataset, kind, name):
+  directory, made = dataset
+  rewrite(directory, made, ("cases", "a", kind), name)
+  with pytest.raises(UserError, match=r"case 'a': the file .* does not lie in the dataset's folder"):
+    manifest.load(directory)
+
+
+def test_links_out_of_the_folder_are_not_followed(dataset, tmp_path_factory):
+  directory, _ = dataset
+  elsewhere = tmp_path_factory.mktemp("elsewhere") / "cases"
+  (directory / "cases").rename(elsewhere)
+  (directory / "cases").symlink_to(elsewhere)
+  with pytest.raises(UserError, match="does not lie in the dataset's folder"):
+    manifest.load(directory)
+  (directory / "cases").unlink()
+  elsewhere.rename(directory / "others")
+  (directory / "cases").symlink_to("others")
+  link = tmp_path_factory.mktemp("link") / "dataset"
+  link.symlink_to(directory)
+  manifest.load(link)
+
+
+@pytest.mark.parametrize(
+  ("way", "value", "message"),
+  [
+    (("cases", "a", "shape"), [2, 3, -4, 1], "the shape"),
+    (("cases", "a", "shape"), [2, 3, 4, 2], "the shape"),
+    (("cases", "a", "shape"), [2, 3, 4], "is a list of 3"),
+    (("cases", "a", "file_shape"), [3, 4, 5], "not that of a file"),
+    (("cases", "a", "spacing"), [0, 1, 1], "spacing"),
+    (("cases", "a", "affine"), [[1, 0], [0, 1]], "affine"),
+    (("cases", "a", "affine"), [[1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], "affine"),
+    (("cases", "a", "axcodes"), ["S", "S", "A"], "three directions"),
+    (("cases", "a", "header"), "*", "base64"),
+    (("cases", "a", "class_voxels"), [24], "there are 2 classes and 24 voxels"),
+    (("cases", "a", "class_voxels"), [20, 3], "there are 2 classes and 24 voxels"),
+    (("cases", "a", "foreground_slices"), [2], "slices of the foreground"),
+    (("cases", "a", "checksums"), {}, "checksums"),
+    (("cases", "a", "id"), "b", "its id 'b' is another"),
+    (("splits", "val"), ["a"], "is in 2 splits"),
+    (("splits", "val"), ["b"], "'b' of a split is not among the cases"),
+    (("splits",), {"train": ["a"]}, "the splits are train"),
+    (("folds",), [["a"], ["a"]], "the folds do not hold"),
+    (("kind",), "film", "kind is 'film'"),
+    (("axis",), 3, "axis is 3"),
+    (("dtype",), "object", "dtype is 'object'"),
+    (("channels",), 0, "0 channels"),
+    (("classes",), ["background", "background"], "2 classes"),
+    (("intensity", "kind"), "log", "intensity is 'log'"),
+    (("intensity", "low"), None, "the window runs from None"),
+    (("scale",), float("inf"), "Infinity, not float"),
+    (("cases",), [], "manifest.cases is a list of 0"),
+  ],
+)
+def test_a_manifest_that_contradicts_itself_is_refused(dataset, way, value, message):
+  directory, made = dataset
+  rewrite(directory, made, way, value)
+  with pytest.raises(UserError, match=message) as caught:
+    manifest.load(directory)
+  assert "manifest.json" in str(caught.value)
+
+
+def test_ids_that_are_no_file_names_are_refused(dataset):
+  directory, made = dataset
+  case = dataclasses.replace(made.cases["a"], id="../a")
+  splits = {"train": ("../a",), "val": (), "test": ()}
+  manifest.save(dataclasses.replace(made, cases={"../a": case}, splits=splits), directory)
+  with pytest.raises(UserError, match="cannot be a file's name"):
+    manifest.load(directory)
+
+
+def test_a_manifest_too_large_to_be_loaded_is_not_saved(dataset, monkeypatch):
+  directory, made = dataset
+  monkeypatch.setattr(manifest, "_MOST_BYTES", 100)
+  with pytest.raises(UserError, match="1 cases are too many"):
+    manifest.save(made, directory)
+  with pytest.raises(UserError, match="holds more than"):
+    manifest.load(directory)
+
+
+@pytest.mark.parametrize(
+  "content", [b"", b"\x93NUMPY", b"PK\5\6" + bytes(18), b"\x80\4]", b"\x93NUMPY\1\0\xb8\x0b" + b"(" * 3000]
+)
+def test_other_content_in_place_of_an_array_is_named(dataset, content):
+  directory, _ = dataset
+  (directory / "cases/a.image.npy").write_bytes(content)
+  with pytest.raises(UserError, match="1 damaged") as caught:
+    manifest.load(directory)
+  assert "a.image.npy: " in str(caught.value)
