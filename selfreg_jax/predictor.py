@@ -94,7 +94,7 @@ class Predictor:
     else:
       if affine is not None:
         affine = np.asarray(affine, float)
-        if affine.shape != (4, 4) or not np.isfinite(affine).all() or abs(np.linalg.det(affine)) < 1e-12:
+        if affine.shape != (4, 4) or not cases.is_invertible(affine):
           raise ValueError(f"the affine must be an invertible (4, 4) matrix, got {affine.tolist()}")
       geometry = self.geometry(array.shape[:3], affine)
       slices, back = geometry.to_slices(array), geometry.from_slices

@@ -154,6 +154,7 @@ def write_like(path: str | os.PathLike, array: np.ndarray, header: nib.Nifti1Hea
   path = pathlib.Path(path)
   header = header.copy()
   header.set_data_dtype(array.dtype)
+  header["sizeof_hdr"] = header.sizeof_hdr  # some programs leave it 0, which nibabel would mend, and print that it did
   header["cal_min"] = header["cal_max"] = 0  # the display range of the image means nothing for classes
   kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
   # nibabel compresses by the file's ending, slice by slice: no second copy of the volume in memory.
@@ -283,16 +284,27 @@ def _checked_affine(header: nib.Nifti1Header) -> np.ndarray:
     raise CaseError(f"voxel sizes (pixdim) {_numbers(sizes)} in the header are not all positive")
   if unit := _LENGTH_UNITS.get(int(header["xyzt_units"]) & 7):
     raise CaseError(f"voxel sizes are in {unit}; convert the header to millimetres")
+  for field in ("qform_code", "sform_code"):
+    if int(header[field]) not in nib.nifti1.xform_codes.value_set():  # writing a class map would change it
+      raise CaseError(f"damaged header: {field} {int(header[field])} is not known")
   if header["pixdim"][0] == 0:
     header["pixdim"][0] = 1  # NIfTI-1: "if pixdim[0] is 0, then use qfac = 1"
   try:
     affine = np.asarray(header.get_best_affine(), np.float64)
   except (HeaderDataError, ValueError) as error:
     raise CaseError(f"damaged affine ({one_line(error)})") from error
-  lengths = np.linalg.norm(affine[:3, :3], axis=0)
-  if not np.isfinite(affine).all() or not lengths.all() or abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-3:
+  if not is_invertible(affine):
     raise CaseError("affine is singular or not finite: " + "; ".join(_numbers(row) for row in affine[:3]))
   return affine
+
+
+def is_invertible(affine: np.ndarray) -> bool:
+  """Whether an affine (4, 4) is finite and its axes point in three directions, however small the voxels are."""
+  with np.errstate(all="ignore"):  # of damaged headers
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    if not np.isfinite(affine).all() or not np.isfinite(lengths).all() or not lengths.all():
+      return False
+    return abs(np.linalg.det(affine[:3, :3] / lengths)) >= 1e-3
 
 
 def _numbers(values: np.ndarray) -> str:
@@ -460,7 +472,7 @@ def check_pair(image: RawVolume, label: RawVolume) -> None:
   image_affine, label_affine = _comparable_affines(image, label)
   corners = np.stack(np.meshgrid(*([0, size - 1] for size in label.array.shape), [1], indexing="ij")).reshape(4, 8)
   apart = np.abs(np.linalg.solve(image_affine, label_affine @ corners) - corners)[:3].max(axis=1)
-  if apart.max() > AFFINE_TOLERANCE:
+  if not apart.max() <= AFFINE_TOLERANCE:  # what overflows is apart, too
     raise CaseError(f"image and label lie apart: their affines differ by {_numbers(apart)} voxels along (x, y, z)")
 
 
@@ -488,6 +500,7 @@ def checked_labels(array: np.ndarray, rule: LabelRule) -> np.ndarray:
   Raises:
     CaseError: values that are no integers or that the rule does not know; they are named with their numbers of voxels.
   """
+  check_finite(array)
   if not (array.flags.c_contiguous or array.flags.f_contiguous):
     array = np.ascontiguousarray(array)
   known = math.inf if rule.instances else len(rule.table or range(rule.num_classes))

@@ -3,10 +3,16 @@
 Every fault of a file is a `CaseError`, as in `cases`.
 """
 
+import contextlib
 import io
+import logging
+import os
 import pathlib
 import struct
+import tempfile
 import warnings
+from collections.abc import Iterator
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -18,9 +24,14 @@ EXTENSIONS = (".png", ".bmp", ".tif", ".tiff")
 _FORMATS = ("PNG", "BMP", "TIFF")
 _ONE_VALUE_A_PIXEL = ("1", "L", "I", "I;16", "I;16B", "F")
 _BITS_PER_SAMPLE = 258  # tag of TIFF
+_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+_MOST_CHUNKS = 1 << 17  # of a PNG; as many as the largest image has in the usual pieces of 8 KiB
 _MOST_BYTES = 1 << 30  # of a file; Pillow's limit of pixels, with four values of two bytes each, is 0.7 GiB
 # What Pillow raises on damaged files, apart from OSError.
 _DAMAGE = (SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error)
+
+# Pillow logs what it raises an error for, too.
+logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)
 _BOMB = (Image.DecompressionBombWarning, Image.DecompressionBombError)
 
 
@@ -90,6 +101,34 @@ def peek_shape(path: pathlib.Path) -> tuple[int, int, int] | None:
 
 def _read(path: pathlib.Path) -> Image.Image:
   content = read_bytes(path, _MOST_BYTES)
+  if not content.startswith((b"II", b"MM")):
+    return _decoded(content)
+  with _caught_messages() as messages:
+    try:
+      return _decoded(content)
+    except CaseError as error:
+      messages.seek(0)
+      if reason := messages.read().decode(errors="replace").splitlines()[-1:]:
+        raise CaseError(f"damaged or truncated ({reason[0].strip()})") from error
+      raise
+
+
+@contextlib.contextmanager
+def _caught_messages() -> Iterator[BinaryIO]:
+  """Catches what libtiff writes to the process's own stderr, where Pillow then knows no more than a number."""
+  with tempfile.TemporaryFile() as messages:
+    stderr = os.dup(2)
+    os.dup2(messages.fileno(), 2)
+    try:
+      yield messages
+    finally:
+      os.dup2(stderr, 2)
+      os.close(stderr)
+
+
+def _decoded(content: bytes) -> Image.Image:
+  if content.startswith(_PNG_MAGIC):
+    _check_chunks(content)
   try:
     with warnings.catch_warnings():
       warnings.simplefilter("ignore")  # what Pillow warns of on the way to an error
@@ -97,8 +136,7 @@ def _read(path: pathlib.Path) -> Image.Image:
       warnings.simplefilter("error", Image.DecompressionBombWarning)
       Image.open(io.BytesIO(content), formats=_FORMATS).verify()  # the checksums of a PNG, which loading skips
       picture = Image.open(io.BytesIO(content), formats=_FORMATS)
-      if getattr(picture, "n_frames", 1) > 1:
-        raise CaseError(f"holds {picture.n_frames} pages; one image a file is needed")
+      _check_single(picture)
       _check_depth(picture, content)
       picture.load()
   except _BOMB as error:
@@ -108,6 +146,24 @@ def _read(path: pathlib.Path) -> Image.Image:
   except (OSError, *_DAMAGE) as error:
     raise CaseError(f"damaged or truncated ({one_line(error) or type(error).__name__})") from error
   return picture
+
+
+def _check_chunks(content: bytes) -> None:
+  """Raises CaseError for a PNG of more chunks than an image can need: Pillow takes its time for each of them."""
+  place = len(_PNG_MAGIC)
+  for _ in range(_MOST_CHUNKS):
+    if place >= len(content):
+      return
+    place += 12 + int.from_bytes(content[place : place + 4], "big")  # length, name and checksum have four bytes each
+  raise CaseError(f"damaged: more than {_MOST_CHUNKS} chunks")
+
+
+def _check_single(picture: Image.Image) -> None:
+  try:
+    picture.seek(1)  # counting all pages would take as long as there are many
+  except EOFError:
+    return
+  raise CaseError("holds several pages; one image a file is needed")
 
 
 def _check_depth(picture: Image.Image, content: bytes) -> None:

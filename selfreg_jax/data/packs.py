@@ -8,6 +8,7 @@ import contextlib
 import math
 import pathlib
 import struct
+import tokenize
 import types
 import zipfile
 import zlib
@@ -74,8 +75,8 @@ def peek_shape(path: pathlib.Path, image_key: str) -> tuple[int, ...] | None:
 
 
 def _peek_npz(path: pathlib.Path, image_key: str) -> tuple[int, ...]:
-  with _npz(path) as archive, archive.open(f"{image_key}.npy") as member:
-    return _npy_header(member)[0]
+  with _npz(path) as archive:
+    return _npy_member(archive, image_key)[1]
 
 
 def _peek_h5(path: pathlib.Path, image_key: str) -> tuple[int, ...]:
@@ -105,7 +106,14 @@ def _npz(path: pathlib.Path) -> Iterator[zipfile.ZipFile]:
 
 
 def _npy(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-  """An array of an archive, its size known from three places before a byte of it is unpacked."""
+  with archive.open(_npy_member(archive, name)[0]) as member:
+    array = np.lib.format.read_array(member, allow_pickle=False)
+    member.read(1)  # the end, where the checksum is compared
+  return array
+
+
+def _npy_member(archive: zipfile.ZipFile, name: str) -> tuple[zipfile.ZipInfo, tuple[int, ...]]:
+  """The archive's entry of an array and its shape, which agree on a size that is not too large."""
   info = archive.getinfo(f"{name}.npy")
   if info.compress_type not in _ZIP_METHODS:
     raise CaseError(f"{name!r} is packed in a way that numpy.savez does not know; write the file with it")
@@ -114,17 +122,17 @@ def _npy(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     declared = member.tell() + math.prod(shape) * dtype.itemsize
   if declared != info.file_size:
     raise CaseError(f"damaged: {name!r} declares {declared} bytes, the archive says {info.file_size}")
-  with archive.open(info) as member:
-    array = np.lib.format.read_array(member, allow_pickle=False)
-    member.read(1)  # the end, where the checksum is compared
-  return array
+  return info, shape
 
 
 def _npy_header(member: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
   """Shape and type that an array declares, not too large."""
   version = np.lib.format.read_magic(member)
   read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-  shape, _, dtype = read_header(member)
+  try:
+    shape, _, dtype = read_header(member)
+  except (MemoryError, tokenize.TokenError) as error:  # the text is given to Python's own parser
+    raise ValueError("a header that is no dictionary") from error
   if dtype.hasobject:
     raise ValueError("Python objects")
   check_size(shape, dtype)
@@ -150,7 +158,7 @@ def _h5(path: pathlib.Path) -> Iterator[tuple[types.ModuleType, Any]]:
     with h5py.File(path, "r") as file:
       yield h5py, file
   # Whatever HDF5 runs into comes as one of these, by the place where it does.
-  except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+  except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
     raise CaseError(f"damaged or not an HDF5 file ({one_line(error)})") from error
 
 

@@ -19,7 +19,10 @@ from selfreg_jax.data.cases import CaseError, read_bytes
 _MOST_BYTES = 1 << 25
 # Outlines are drawn a little over the border. Further out than half an image they belong to another one.
 _OUTSIDE = 0.5
-_MOST_VERTICES = 100_000  # of one outline; rasterizing takes a byte for each of them and each row
+_MOST_VERTICES = 20_000  # of one outline; rasterizing takes a few bytes for each of them and each row
+# Rasterizing takes time for each outline and for each pixel around which one is drawn.
+_MOST_REGIONS = 100_000
+_MOST_COVERED = 16  # times the image by the boxes around the outlines; nuclei side by side cover it once
 
 
 def read_polygons(path: pathlib.Path) -> list[np.ndarray]:
@@ -46,6 +49,8 @@ def read_polygons(path: pathlib.Path) -> list[np.ndarray]:
   regions = root.findall("./Annotation/Regions/Region") if root.tag == "Annotations" else []
   if not regions:
     raise CaseError("holds no Annotations/Annotation/Regions/Region of ImageScope")
+  if len(regions) > _MOST_REGIONS:
+    raise CaseError(f"holds {len(regions)} regions; more than {_MOST_REGIONS} in one image are not supported")
   if any(region.get("NegativeROA", "0") not in ("0", "") for region in regions):
     raise CaseError("holds a region that cuts out of others (NegativeROA), which is not supported")
   return [_vertices(region.findall("./Vertices/Vertex"), number) for number, region in enumerate(regions, 1)]
@@ -77,20 +82,23 @@ def rasterize(polygons: Sequence[np.ndarray], shape: tuple[int, int]) -> np.ndar
     (rows, columns) bool.
 
   Raises:
-    CaseError: a polygon reaches out of the image by more than half the image.
+    CaseError: a polygon reaches out of the image by more than half the image, or they cover it many times over.
   """
   size = np.array(shape[::-1])
   for number, polygon in enumerate(polygons, 1):
     if ((polygon < -_OUTSIDE * size) | (polygon > (1 + _OUTSIDE) * size)).any():
       x, y = polygon[np.abs(polygon - size / 2).max(axis=1).argmax()]
       raise CaseError(f"region {number} reaches to ({x:g}, {y:g}); the image has {size[0]} x {size[1]} pixels")
-  mask = np.zeros(shape, bool)
+  mask, covered = np.zeros(shape, bool), 0
   for polygon in polygons:
     if len(polygon) < 3:
       continue  # a click without an outline: no pixel's centre is inside
     # Only the part of the mask that the polygon can cover.
     first, last = np.floor(polygon.min(axis=0)).astype(int), np.ceil(polygon.max(axis=0)).astype(int)
     (left, top), (right, bottom) = np.clip(first, 0, size), np.clip(last, 0, size)
+    covered += (right - left) * (bottom - top)
+    if covered > _MOST_COVERED * mask.size:
+      raise CaseError(f"its regions cover the image more than {_MOST_COVERED} times; single objects are to be outlined")
     inside = _inside(polygon - (left, top), (bottom - top, right - left))
     mask[top:bottom, left:right] |= inside
   return mask
@@ -107,4 +115,4 @@ def _inside(polygon: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
   first_right_of = np.clip(np.ceil(crossings - 0.5).astype(int), 0, columns)  # the first pixel whose centre is beyond
   counts = np.zeros((rows, columns + 1), np.int32)
   np.add.at(counts, (crossed_rows, first_right_of), 1)
-  return np.cumsum(counts, axis=1)[:, :columns] % 2 == 1
+  return np.cumsum(counts, axis=1, out=counts)[:, :columns] & 1 == 1

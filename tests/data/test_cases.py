@@ -400,3 +400,111 @@ def test_stored_values_times_scale_are_the_network_input(kind):
   if dtype == "uint16":
     assert stored[0, 0, 0] == 0
     assert stored[0, 0, 1] == 65535
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_what_a_header_declares_is_compared_with_the_limit_before_it_is_read(tmp_path, monkeypatch, name):
+  path = write(tmp_path / name, volume(np.uint8), dim=[3, 30000, 30000, 3, 1, 1, 1, 1])
+  with pytest.raises(CaseError, match=r"\(30000, 30000, 3\) uint8, 10.1 GiB where at most 1 GiB"):
+    cases.read_nifti(path)
+  assert cases.peek_shape(path) is None  # or the disk would be found too small for it
+  monkeypatch.setattr(cases, "MOST_BYTES", 4 * 60)  # a byte each, but float32 once it is read
+  cases.read_nifti(write(path, volume(np.uint8)))
+  with pytest.raises(CaseError, match="at most"):
+    cases.read_nifti(write(path, volume(np.float64)))
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_a_file_may_be_padded_but_not_hold_more_than_its_header_declares(tmp_path, name):
+  path = write(tmp_path / name, volume())
+  content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+
+  def pad(size):
+    padded = content + bytes(size)
+    path.write_bytes(gzip.compress(padded, 1) if path.suffix == ".gz" else padded)
+
+  pad(1 << 20)
+  np.testing.assert_array_equal(cases.read_nifti(path).array, volume())
+  pad((1 << 20) + 1)
+  with pytest.raises(CaseError, match="holds more than its header declares"):
+    cases.read_nifti(path)
+
+
+def test_a_damaged_stream_is_told_before_the_header_that_it_garbled(tmp_path):
+  path = write(tmp_path / "a.nii.gz", volume(), magic=b"abc")
+  with pytest.raises(CaseError, match="is not a NIfTI"):
+    cases.read_nifti(path)
+  flip_crc(path)
+  with pytest.raises(CaseError, match="CRC"):
+    cases.read_nifti(path)
+
+
+def test_voxels_behind_an_extension_are_found(tmp_path):
+  path = write(tmp_path / "a.nii", volume(), vox_offset=1000)
+  content = path.read_bytes()
+  path.write_bytes(content[:352] + bytes(648) + content[352:])
+  np.testing.assert_array_equal(cases.read_nifti(path).array, volume())
+  with pytest.raises(CaseError, match="voxels start at byte 1e"):
+    cases.read_nifti(write(path, volume(), vox_offset=1e8))
+
+
+def test_devices_are_not_read(tmp_path):
+  (tmp_path / "a.nii").symlink_to("/dev/zero")
+  with pytest.raises(CaseError, match="is a device"):
+    cases.read_nifti(tmp_path / "a.nii")
+
+
+@pytest.mark.parametrize("field", ["qform_code", "sform_code"])
+def test_unknown_codes_of_the_affines_are_refused(tmp_path, field):
+  with pytest.raises(CaseError, match=f"{field} 99 is not known"):
+    cases.read_nifti(write(tmp_path / "a.nii", volume(), **{field: 99}))
+
+
+def test_a_header_without_its_own_size_is_written_back_in_silence(tmp_path, capfd, caplog):
+  raw = raw_volume(tmp_path / "a.nii", volume(), sizeof_hdr=0)
+  cases.write_like(tmp_path / "b.nii", volume(np.uint8), raw.header)
+  assert (capfd.readouterr().err, caplog.text) == ("", "")
+  assert nib.load(tmp_path / "b.nii").header["sizeof_hdr"] == 348
+
+
+def test_affines_of_the_smallest_voxels_are_invertible():
+  assert cases.is_invertible(np.diag([1e-5, 1e-5, 1e-5, 1]))
+  for wrong in (np.diag([1, 1, 0, 1.0]), np.full((4, 4), 1.0), np.diag([1, np.nan, 1, 1]), np.diag([1e300, 1, 1, 1])):
+    assert not cases.is_invertible(wrong)
+
+
+def test_ranges_that_float32_cannot_hold_are_refused():
+  image = np.zeros((2, 3, 4, 1), np.float32)
+  image[0, 0, :2, 0] = -3e38, 3e38
+  with pytest.raises(CaseError, match="too far apart"):
+    cases.check_slices(image)
+  image[...] = 0
+  image[0, 0, 0] = 1e-45
+  cases.check_slices(image)
+  with pytest.raises(CaseError, match="as good as constant"):
+    cases.apply_intensity(image[..., 0], Intensity("zscore"))
+
+
+def test_slices_that_cannot_be_resized_are_refused():
+  image = np.zeros((1, 2, cases.MOST_PIXELS_A_SIDE + 1, 1), np.uint8)
+  image[0, 0, 0] = 1
+  with pytest.raises(CaseError, match="cut it into tiles"):
+    cases.check_slices(image)
+
+
+def test_labels_are_checked_in_pieces(monkeypatch):
+  monkeypatch.setattr(cases, "_PIECE", 7)
+  for array in (volume() % 4, np.asfortranarray(volume() % 4), (volume() % 4).astype(np.float32)[::-1, :, ::2]):
+    np.testing.assert_array_equal(cases.checked_labels(array, cases.LabelRule(4)), array)
+    with pytest.raises(CaseError, match=rf"3 \({(array == 3).sum()} voxels\)"):
+      cases.checked_labels(array, cases.LabelRule(3))
+  with pytest.raises(CaseError, match="no label is above 4"):
+    cases.checked_labels(volume() % 5, cases.LabelRule(9, must_exceed=4))
+  monkeypatch.setattr(cases, "_DISTINCT_VALUES", 10)
+  with pytest.raises(CaseError, match="more values"):
+    cases.checked_labels(volume(), cases.LabelRule(3))
+
+
+def test_labels_that_are_not_finite_are_no_class():
+  with pytest.raises(CaseError, match="holds 1 NaN"):
+    cases.checked_labels(np.array([0, np.nan, 1], np.float32), cases.LabelRule(2))

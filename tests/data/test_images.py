@@ -109,7 +109,7 @@ def test_other_formats_modes_and_pages_are_refused(tmp_path):
     images.read_image(save(tmp_path / "print.tif", RGB, mode="CMYK"))
   pages = [Image.fromarray(GREY), Image.fromarray(GREY)]
   pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
-  with pytest.raises(CaseError, match="2 pages"):
+  with pytest.raises(CaseError, match="several pages"):
     images.read_image(tmp_path / "pages.tif")
 
 
@@ -118,4 +118,32 @@ def test_decompression_bombs_are_not_unpacked(tmp_path, monkeypatch, factor):
   path = save(tmp_path / "large.png", GREY)
   monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", int(GREY.size * factor))  # Pillow warns at once, raises at twice that
   with pytest.raises(CaseError, match="cut it into tiles"):
+    images.read_image(path)
+
+
+def test_what_libtiff_prints_becomes_the_reason(tmp_path, capfd):
+  path = save(tmp_path / "a.tif", np.tile(RGB, (9, 9, 1)), compression="tiff_adobe_deflate")
+  content = bytearray(path.read_bytes())
+  with Image.open(path) as picture:
+    (start, *_) = picture.tag_v2[273]  # of the first strip
+  content[start : start + 20] = bytes(20)
+  path.write_bytes(content)
+  with pytest.raises(CaseError, match="ZIPDecode: Decoding error"):
+    images.read_image(path)
+  assert capfd.readouterr().err == ""
+
+
+def test_a_png_of_endless_chunks_is_refused(tmp_path, monkeypatch):
+  path = tmp_path / "a.png"
+  path.write_bytes(png(0, 8, b"\0\1\2\0\3\4"))
+  assert images.read_image(path).shape == (2, 2, 1)
+  monkeypatch.setattr(images, "_MOST_CHUNKS", 2)
+  with pytest.raises(CaseError, match="more than 2 chunks"):
+    images.read_image(path)
+
+
+def test_files_beyond_any_image_are_not_read(tmp_path, monkeypatch):
+  path = save(tmp_path / "a.png", GREY)
+  monkeypatch.setattr(images, "_MOST_BYTES", path.stat().st_size - 1)
+  with pytest.raises(CaseError, match="holds more than"):
     images.read_image(path)

@@ -2,6 +2,8 @@
 
 import contextlib
 import pickle
+import zipfile
+import zlib
 
 import h5py
 import numpy as np
@@ -129,4 +131,81 @@ def test_arrays_that_would_fill_the_memory_are_not_unpacked(tmp_path, monkeypatc
   path = write(tmp_path / name)
   monkeypatch.setattr(cases, "MOST_BYTES", 95)
   with pytest.raises(CaseError, match="at most"):
+    packs.read_arrays(path, "image", rank=3)
+
+
+def rewrite(path, change, method=zipfile.ZIP_DEFLATED):
+  """Writes the archive anew with another content of its image."""
+  with zipfile.ZipFile(path) as archive:
+    contents = {name: archive.read(name) for name in archive.namelist()}
+  contents["image.npy"] = change(contents["image.npy"])
+  with zipfile.ZipFile(path, "w", method) as archive:
+    for name, content in contents.items():
+      archive.writestr(name, content)
+  return path
+
+
+def test_members_that_are_not_what_they_declare_are_not_unpacked(tmp_path):
+  path, quotes = tmp_path / "a.npz", b"'" * 3
+  for change, match in [
+    (lambda content: content + bytes(100), "declares 320 bytes, the archive says 420"),
+    (lambda content: content[:-1], "declares 320 bytes, the archive says 319"),
+    (lambda content: content.replace(b"(2, 3, 4), }      ", b"(9999, 9999, 99),}"), "GiB where at most"),
+    (lambda content: content.replace(b"'<f8'", quotes + b"  "), "no plain arrays"),
+    (lambda content: b"\x93NUMPY\1\0\xb8\x0b" + b"(" * 3000, "no plain arrays"),
+  ]:
+    with pytest.raises(CaseError, match=match):
+      packs.read_arrays(rewrite(write(path), change), "image", rank=3)
+    assert packs.peek_shape(path, "image") is None
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_members_that_unpack_without_bounds_are_refused(tmp_path, method):
+  path = rewrite(write(tmp_path / "a.npz"), lambda content: content, method)
+  with pytest.raises(CaseError, match=r"numpy\.savez does not know"):
+    packs.read_arrays(path, "image", rank=3)
+
+
+def test_members_that_want_a_password_are_refused(tmp_path):
+  content = bytearray(write(tmp_path / "a.npz").read_bytes())
+  content[content.index(b"PK\1\2") + 8] |= 1
+  content[6] |= 1
+  (tmp_path / "a.npz").write_bytes(content)
+  with pytest.raises(CaseError, match="password"):
+    packs.read_arrays(tmp_path / "a.npz", "image", rank=3)
+
+
+def write_chunk(path, content, **options):
+  """A file whose image has one chunk, stored as it is given."""
+  with h5py.File(path, "w") as file:
+    file["label"] = LABEL
+    image = file.create_dataset("image", IMAGE.shape, "f8", chunks=IMAGE.shape, **options)
+    image.id.write_direct_chunk((0, 0, 0), content)
+  return path
+
+
+def test_a_chunk_may_not_unpack_to_more_than_it_declares(tmp_path):
+  packed = zlib.compress(IMAGE.tobytes())
+  image, _ = packs.read_arrays(write_chunk(tmp_path / "a.h5", packed, compression="gzip"), "image", rank=3)
+  np.testing.assert_allclose(image, IMAGE, atol=1e-7)
+  more = zlib.compress(IMAGE.tobytes() + bytes(1 << 20))
+  with pytest.raises(CaseError, match="a chunk unpacks to more"):
+    packs.read_arrays(write_chunk(tmp_path / "a.h5", more, compression="gzip"), "image", rank=3)
+  with pytest.raises(CaseError, match="damaged or not an HDF5"):
+    packs.read_arrays(write_chunk(tmp_path / "a.h5", packed[:20] + b"x" * 50, compression="gzip"), "image", rank=3)
+
+
+@pytest.mark.parametrize(
+  "options", [{"compression": "gzip", "shuffle": True, "fletcher32": True}, {"compression": "lzf"}]
+)
+def test_usual_filters_are_read_and_others_refused(tmp_path, options):
+  path = tmp_path / "a.h5"
+  with h5py.File(path, "w") as file:
+    file["label"] = LABEL
+    file.create_dataset("image", data=IMAGE, chunks=(1, 3, 2), **options)
+  np.testing.assert_allclose(packs.read_arrays(path, "image", rank=3)[0], IMAGE, atol=1e-7)
+  with h5py.File(path, "w") as file:
+    file["label"] = LABEL
+    file.create_dataset("image", data=LABEL, chunks=(1, 3, 2), scaleoffset=4)
+  with pytest.raises(CaseError, match="filters"):
     packs.read_arrays(path, "image", rank=3)

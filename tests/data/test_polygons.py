@@ -95,3 +95,23 @@ def test_unusable_files_are_refused(tmp_path):
       polygons.read_polygons(path)
   with pytest.raises(CaseError, match="NegativeROA"):
     polygons.read_polygons(write_xml(path, [(0, 0), (1, 0), (1, 1)], region_attributes='NegativeROA="1"'))
+
+
+def test_files_regions_and_vertices_beyond_any_image_are_refused(tmp_path, monkeypatch):
+  path = write_xml(tmp_path / "a.xml", [(0, 0), (1, 0), (1, 1)], [(4, 4), (5, 4), (5, 5)])
+  for name, most, match in [
+    ("_MOST_VERTICES", 2, "region 1 has 3 vertices"),
+    ("_MOST_REGIONS", 1, "holds 2 regions"),
+    ("_MOST_BYTES", 100, "holds more than"),
+  ]:
+    with monkeypatch.context() as patch:
+      patch.setattr(polygons, name, most)
+      with pytest.raises(CaseError, match=match):
+        polygons.read_polygons(path)
+
+
+def test_outlines_of_everything_over_and_over_are_refused():
+  everything = [(0, 0), (8, 0), (8, 6), (0, 6)]
+  assert mask(*[everything] * 16).all()
+  with pytest.raises(CaseError, match="more than 16 times"):
+    mask(*[everything] * 17)
