@@ -31,7 +31,7 @@ def golden():
   """Loads a file of reference outputs (see golden/README.md) as a dict of arrays."""
 
   def load(name):
-    with np.load(GOLDEN / f"{name}.npz") as arrays:
+    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as arrays:
       return dict(arrays)
 
   return load

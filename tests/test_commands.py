@@ -94,7 +94,7 @@ def test_weights_of_the_authors_predict_as_their_code_does(golden, tmp_path):
 
   result = run("-m", "selfreg_jax.models.pretrained", f"--export={tmp_path}/back.npz", tmp_path / "run")
   assert result.returncode == 0, result.stderr
-  with np.load(tmp_path / "back.npz") as back:
+  with np.load(tmp_path / "back.npz", allow_pickle=False) as back:
     assert all(np.array_equal(back[name], tensor) for name, tensor in weights.items())
 
 

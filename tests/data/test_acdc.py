@@ -37,10 +37,12 @@ def test_archive_and_pack_give_the_same_slices(tmp_path):
     assert case.group == twin.group == patient
     image, label = archives.mr_case(int(patient[-3:]), int(frame[-2:]))
     for made, folder, one in ((raw, "raw", case), (packed, "packed", twin)):
-      stored = np.load(tmp_path / folder / one.image)
+      stored = np.load(tmp_path / folder / one.image, allow_pickle=False)
       expected = (image - image.min()) / (image.max() - image.min())
       np.testing.assert_allclose(stored[..., 0] * made.scale, expected.transpose(2, 0, 1), atol=1e-5)
-      np.testing.assert_array_equal(np.load(tmp_path / folder / one.label), label.transpose(2, 0, 1))
+      np.testing.assert_array_equal(
+        np.load(tmp_path / folder / one.label, allow_pickle=False), label.transpose(2, 0, 1)
+      )
     assert case.file_shape == twin.file_shape == image.shape
     assert case.spacing == pytest.approx((10.0, 1.5, 1.4))  # in-plane spacing is kept, and slices with it
   assert (raw.unit, packed.unit) == ("mm", "voxel")

@@ -30,7 +30,9 @@ def refused(tmp_path, dataset, source, match, **changes):
 
 
 def stored(tmp_path, output, case):
-  return np.load(tmp_path / output / case.image), np.load(tmp_path / output / case.label)
+  return np.load(tmp_path / output / case.image, allow_pickle=False), np.load(
+    tmp_path / output / case.label, allow_pickle=False
+  )
 
 
 def assert_holds_tissue(tmp_path, output, case, number):

@@ -33,7 +33,10 @@ def test_records_are_the_slices_of_the_prepared_arrays(prepared, dataset):
     seen.add((case.id, index))
     rows, columns = case.shape[1:3]
     element = dataset.read(0, record)
-    image, label = np.load(prepared / case.image), np.load(prepared / case.label)
+    image, label = (
+      np.load(prepared / case.image, allow_pickle=False),
+      np.load(prepared / case.label, allow_pickle=False),
+    )
     np.testing.assert_array_equal(element["image"][:rows, :columns], image[index])
     np.testing.assert_array_equal(element["label"][:rows, :columns], label[index])
     assert dataset.shapes[element["size_index"]] == (rows, columns)

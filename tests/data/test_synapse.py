@@ -50,7 +50,10 @@ def test_archive_and_pack_give_the_same_dataset(tmp_path, btcv, pack):
   for number in (*TRAIN, *TEST):
     cases = [made.cases[f"{number:04d}"] for made in (raw, packed)]
     images, labels = (
-      [np.load(tmp_path / folder / getattr(case, kind)) for folder, case in zip(("raw", "packed"), cases, strict=True)]
+      [
+        np.load(tmp_path / folder / getattr(case, kind), allow_pickle=False)
+        for folder, case in zip(("raw", "packed"), cases, strict=True)
+      ]
       for kind in ("image", "label")
     )
     np.testing.assert_array_equal(images[0], images[1])
@@ -118,7 +121,7 @@ def test_label_sets_are_told_apart(tmp_path):
   assert "label/label0005.nii.gz: no label is above 8; " in message
   assert "--labels=8" in message
   made = run(tmp_path, tmp_path / "eight", labels=8)
-  stored = np.load(tmp_path / "out" / made.cases["0005"].label)
+  stored = np.load(tmp_path / "out" / made.cases["0005"].label, allow_pickle=False)
   np.testing.assert_array_equal(stored, archives.eight_organs(archives.ct_case(5)[1]).transpose(2, 0, 1))
   run(tmp_path, tmp_path / "eight", "trusted", labels=13)  # the user's word, say for a part of the abdomen
   archives.write_btcv(tmp_path / "thirteen", (5,))

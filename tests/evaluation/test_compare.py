@@ -81,7 +81,7 @@ def test_folds_score_their_own_cases_and_are_pooled(runs):
 
 def test_an_ensemble_averages_probabilities(runs):
   workdirs = [runs / "run_0", runs / "run_1"]
-  image = np.load(runs / "data/cases/tissue_4.image.npy")[0]
+  image = np.load(runs / "data/cases/tissue_4.image.npy", allow_pickle=False)[0]
   members = [scoring.Predictor(load_trained(workdir))(image, probabilities=True)[1] for workdir in workdirs]
   _, both = load_ensemble(workdirs)(image, probabilities=True)
   np.testing.assert_allclose(both, (members[0] + members[1]) / 2, atol=1e-6)

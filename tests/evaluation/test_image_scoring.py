@@ -69,7 +69,7 @@ def test_images_are_scored_as_images_at_their_own_size(scored, images):
       classes = np.asarray(picture)
     assert classes.shape == case.shape[1:3]
     assert set(np.unique(classes)) <= {0, 255}
-    truth = np.load(images / case.label)[0]
+    truth = np.load(images / case.label, allow_pickle=False)[0]
     expected = sr.evaluate_case((classes > 0).astype(np.uint8), truth, num_classes=2, spacing=(1, 1))[1]
     for metric in ("dice", "hd95", "assd", "nsd", "volume_difference"):
       assert float(rows[case.id][metric]) == pytest.approx(expected[metric], rel=1e-9)
@@ -83,7 +83,7 @@ def test_the_paper_protocol_counts_at_the_networks_size(scored, images, workdir)
   manifest, rows, predictor = manifests.load(images), rows_of(output, "paper"), threshold_predictor(workdir)
   dice = []
   for case in manifest.split("test"):
-    label, image = np.load(images / case.label)[0], np.load(images / case.image)
+    label, image = np.load(images / case.label, allow_pickle=False)[0], np.load(images / case.image, allow_pickle=False)
     small = ndimage.zoom(label, (32 / label.shape[0], 32 / label.shape[1]), order=0)
     _, (classes,) = predictor.slices.classes_of_both_sizes(predictor.predict_fn, image, scale=manifest.scale)
     both = np.count_nonzero(classes & small)
@@ -162,7 +162,7 @@ def test_current_results_are_taken_and_outdated_ones_are_not(workdir, monkeypatc
 
 def test_a_folder_of_images_becomes_a_folder_of_masks(workdir, images, tmp_path):
   (tmp_path / "in").mkdir()
-  array = np.load(images / "cases/tissue_4.image.npy")[0]
+  array = np.load(images / "cases/tissue_4.image.npy", allow_pickle=False)[0]
   Image.fromarray(array).save(tmp_path / "in" / "a.png")
   Image.fromarray(array).save(tmp_path / "in" / "b.TIF", format="TIFF")
   Image.fromarray(array[..., 0]).save(tmp_path / "in" / "grey.bmp")
@@ -175,7 +175,9 @@ def test_a_folder_of_images_becomes_a_folder_of_masks(workdir, images, tmp_path)
   for name in ("a", "b"):
     with Image.open(tmp_path / "out" / f"{name}.png") as picture:
       np.testing.assert_array_equal(np.asarray(picture), 255 * expected)
-    np.testing.assert_array_equal(np.load(tmp_path / "out" / f"{name}_probabilities.npy"), probabilities)
+    np.testing.assert_array_equal(
+      np.load(tmp_path / "out" / f"{name}_probabilities.npy", allow_pickle=False), probabilities
+    )
   with Image.open(tmp_path / "out" / "grey.png") as picture:
     np.testing.assert_array_equal(np.asarray(picture), 255 * predictor(array[..., 0]))
 
