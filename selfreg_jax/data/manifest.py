@@ -34,6 +34,7 @@ FORMAT_VERSION = 2
 SPLITS = ("train", "val", "test")
 _CHUNK_BYTES = 1 << 24  # what `checksum` holds in memory at a time
 _MOST_BYTES = 1 << 27  # of a manifest; a case takes one to three kilobytes
+_HEADER_BYTES = (348, 540)  # of NIfTI-1 and NIfTI-2
 _LISTED_MISTAKES = 20
 _LONGEST_NAME = 255  # of a file or folder, in characters
 _KNOWN = {
@@ -367,8 +368,8 @@ def _mistakes_of_case(manifest: Manifest, case: Case, directory: pathlib.Path) -
     yield "the affine is no invertible matrix of 4 rows and columns"
   if case.axcodes is not None and {*case.axcodes, *(_OPPOSITE.get(code) for code in case.axcodes)} != {*_OPPOSITE}:
     yield f"the axes run towards {case.axcodes}, which are not three directions"
-  if case.header is not None and not _is_base64(case.header):
-    yield "the header is not in base64"
+  if case.header is not None and not _is_header(case.header):
+    yield "the header is none of NIfTI's in base64"
   voxels = math.prod(case.shape[:3])
   if len(case.class_voxels) != manifest.num_classes or min(case.class_voxels) < 0 or sum(case.class_voxels) != voxels:
     yield f"{case.class_voxels} voxels of each class; there are {manifest.num_classes} classes and {voxels} voxels"
@@ -401,9 +402,9 @@ def _is_affine(affine: tuple[tuple[float, ...], ...]) -> bool:
   return lengths.all() and abs(np.linalg.det(np.array(affine, float)[:3, :3] / lengths)) > 0
 
 
-def _is_base64(text: str) -> bool:
+def _is_header(text: str) -> bool:
   try:
-    return text.isascii() and base64.b64decode(text, validate=True) is not None
+    return text.isascii() and len(base64.b64decode(text, validate=True)) in _HEADER_BYTES
   except ValueError:
     return False
 

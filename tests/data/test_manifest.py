@@ -1,5 +1,6 @@
 """The contract on disk: what is saved comes back, and nothing damaged or unfinished is taken for a dataset."""
 
+import base64
 import dataclasses
 import json
 
@@ -27,7 +28,7 @@ def dataset(tmp_path):
     axcodes=("S", "R", "A"),
     affine=tuple(tuple(row) for row in np.eye(4).tolist()),
     file_shape=(3, 4, 2),
-    header="",
+    header=base64.b64encode(bytes(348)).decode(),
     group="a",
     sources={"image": "a.nii.gz", "label": "a_seg.nii.gz"},
     checksums={kind: manifest.checksum(tmp_path / f"cases/a.{kind}.npy") for kind in ("image", "label")},
@@ -219,6 +220,7 @@ def test_links_out_of_the_folder_are_not_followed(dataset, tmp_path_factory):
     (("cases", "a", "affine"), [[1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], "affine"),
     (("cases", "a", "axcodes"), ["S", "S", "A"], "three directions"),
     (("cases", "a", "header"), "*", "base64"),
+    (("cases", "a", "header"), "", "base64"),
     (("cases", "a", "class_voxels"), [24], "there are 2 classes and 24 voxels"),
     (("cases", "a", "class_voxels"), [20, 3], "there are 2 classes and 24 voxels"),
     (("cases", "a", "foreground_slices"), [2], "slices of the foreground"),
