@@ -55,7 +55,7 @@ def alternate(
   """Times functions in turns, so that whatever else the machine does meets all of them alike.
 
   Args:
-    sides: functions by name; each returns only when its work is done (`jax.block_until_ready`, `torch.cuda.synchronize`).
+    sides: functions by name; each returns only when its work is done (`jax.block_until_ready`).
     rounds: timed runs of each.
     warmup: runs of each before, which are not timed.
     budget: seconds after which no further round is begun, at least three having been made.
