@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -289,14 +290,40 @@ def _convert_in_processes(jobs: Sequence[Job], workers: int, advance: Callable[[
   executor = concurrent.futures.ProcessPoolExecutor(
     workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
   )
+  with _interrupted_once():
+    try:
+      outcomes = []
+      for future in concurrent.futures.as_completed([executor.submit(convert_case, job) for job in jobs]):
+        outcomes.append(future.result())
+        advance()
+      return outcomes
+    finally:
+      executor.shutdown(wait=True, cancel_futures=True)  # what is under way is finished, and kept
+
+
+@contextlib.contextmanager
+def _interrupted_once() -> Iterator[None]:
+  """Heeds the first Ctrl-C in the body only.
+
+  Another one while the workers finish, which many programs that start commands send along with the first, would leave
+  the executor in a state in which the interpreter waits for ever for its workers to exit.
+  """
+  if threading.current_thread() is not threading.main_thread():
+    yield  # signals are not for this thread
+    return
+  interrupted = False
+
+  def interrupt(number: int, frame: types.FrameType | None) -> None:
+    nonlocal interrupted
+    if not interrupted:
+      interrupted = True
+      raise KeyboardInterrupt
+
+  before = signal.signal(signal.SIGINT, interrupt)
   try:
-    outcomes = []
-    for future in concurrent.futures.as_completed([executor.submit(convert_case, job) for job in jobs]):
-      outcomes.append(future.result())
-      advance()
-    return outcomes
+    yield
   finally:
-    executor.shutdown(wait=True, cancel_futures=True)  # what is under way is finished, and kept
+    signal.signal(signal.SIGINT, before)
 
 
 def _start_worker() -> None:
