@@ -111,7 +111,6 @@ def _key(job: Job) -> str:
   files = sorted({*reader.image_files, *reader.label_files})
   content = {
     "versions": [_RECORD_VERSION, manifest.FORMAT_VERSION, selfreg_jax.__version__],
-    "id": job.case.id,
     "source": str(job.source.absolute()),
     "files": [(datasets.relative(path, job.source), _stamp(path)) for path in files],
     "reader": [type(reader).__name__, dataclasses.asdict(reader)],

@@ -3,7 +3,6 @@
 import concurrent.futures
 import contextlib
 import fcntl
-import json
 import os
 import pathlib
 import pickle
@@ -77,9 +76,12 @@ def content(folder):
 
 
 def uninterrupted(raw, **changes):
-  """What a run makes that nobody disturbs."""
-  prepare.prepare(options(raw, "whole", **changes))
-  return content(raw.parent / "whole")
+  """What a run makes that nobody disturbs: the manifest and arrays, and nothing else."""
+  made = prepare.prepare(options(raw, "whole", **changes))
+  files = content(raw.parent / "whole")
+  arrays = (name for case in made.cases.values() for name in (case.image, case.label))
+  assert {*files} == {"manifest.json", *arrays}
+  return files
 
 
 def inodes(raw):
@@ -185,6 +187,22 @@ def test_ctrl_c_ends_all_processes_however_often_it_is_pressed(raw):
   assert 4 <= len(list(raw.parent.glob("out/cases.partial/*.done.json"))) < CASES + 200
 
 
+def test_only_the_first_ctrl_c_is_heeded_while_workers_finish():
+  before, finished = signal.getsignal(signal.SIGINT), []
+
+  def work():
+    try:
+      signal.raise_signal(signal.SIGINT)
+    finally:
+      signal.raise_signal(signal.SIGINT)
+      finished.append(True)
+
+  with pytest.raises(KeyboardInterrupt), conversion._interrupted_once():
+    work()
+  assert finished
+  assert signal.getsignal(signal.SIGINT) == before
+
+
 def test_threads_may_prepare_though_they_get_no_signals(raw):
   with concurrent.futures.ThreadPoolExecutor(1) as executor:
     made = executor.submit(prepare.prepare, options(raw, workers=2)).result()
@@ -196,9 +214,13 @@ def test_a_changed_file_is_converted_again(begun, capfd):
   assert redone(begun, capfd) == ["c1", "c3"]
 
 
-def test_a_file_that_only_looks_newer_is_converted_again(begun, capfd):
+def test_a_file_of_another_time_or_size_is_converted_again(begun, capfd):
   os.utime(begun / "c2_label.nii", ns=(1, 1))
-  assert redone(begun, capfd) == ["c2", "c3"]
+  longer = begun / "c4_label.nii"
+  stat = longer.stat()
+  longer.write_bytes(longer.read_bytes() + b"\0")
+  os.utime(longer, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+  assert redone(begun, capfd) == ["c2", "c3", "c4"]
 
 
 @pytest.mark.parametrize("changes", [{"window": (-100, 200)}, {"axis": 0}, {"class_names": ("a", "b", "c")}])
@@ -384,6 +406,15 @@ def test_channels_are_compared_when_shards_are_merged(raw):
     prepare.prepare(options(raw, merge=True))
 
 
+def test_a_merge_leaves_out_cases_that_are_no_longer_asked_for(raw):
+  for index in range(3):
+    prepare_shard(raw, index)
+  for path in raw.glob("c0_*"):
+    path.unlink()
+  prepare.prepare(options(raw, merge=True))
+  assert content(raw.parent / "out") == uninterrupted(raw)
+
+
 def test_a_whole_run_takes_over_what_shards_have_done(raw, capfd):
   prepare_shard(raw, 0)
   assert redone(raw, capfd) == ["c1", "c2", "c4", "c5"]
@@ -481,6 +512,20 @@ def test_shards_share_the_folder_with_each_other_only(raw):
   assert sorted(os.listdir(raw.parent / "out")) == ["cases", "manifest.json"]
 
 
+def test_a_dataset_that_is_completed_while_one_waits_for_the_lock_is_not_replaced(raw, monkeypatch):
+  locked = staging.locked
+
+  def late(output, shard):
+    monkeypatch.undo()
+    prepare.prepare(options(raw, window=(0, 100)))
+    return locked(output, shard)
+
+  monkeypatch.setattr(staging, "locked", late)
+  with pytest.raises(UserError, match="holds a prepared dataset; --overwrite"):
+    prepare.prepare(options(raw))
+  assert manifest.load(raw.parent / "out", verify=True).intensity.high == 100
+
+
 def test_file_systems_without_locks_are_no_obstacle(raw, monkeypatch):
   def unsupported(*arguments):
     raise OSError(95, "Operation not supported")
@@ -508,13 +553,3 @@ def test_a_lock_file_that_its_holder_removes_is_locked_anew(tmp_path, monkeypatc
     assert staging._lock(stack, path, fcntl.LOCK_EX)
     assert len(calls) == 2
     assert staging._is_held(path)
-
-
-def test_records_name_what_they_are_of(begun):
-  """A record that was copied to another case's name is none of that case."""
-  folder = begun.parent / "out/cases.partial"
-  for ending in (".done.json", ".image.npy", ".label.npy"):
-    (folder / f"c3{ending}").write_bytes((folder / f"c1{ending}").read_bytes())
-  with pytest.raises(UserError, match="c3: prepared with other options"):
-    prepare.prepare(options(begun, merge=True))
-  assert json.loads((folder / "c1.done.json").read_text())["case"]["id"] == "c1"
