@@ -4,6 +4,8 @@ python eval.py --workdir=DIR [--split=test|val] [--data=OTHER_PREPARED_DIR] [--t
 python eval.py --workdir=DIR --compare=OTHER_DIR
 python eval.py --workdirs='runs/glas_*' [--ensemble] [--output=FOLDER]
 python eval.py --workdir=DIR --input=FOLDER --output=FOLDER [--probabilities]
+
+Several processes share the cases; see train.py for how they are started.
 """
 
 import os
@@ -11,6 +13,7 @@ import sys
 
 from absl import app, flags
 
+from selfreg_jax import processes
 from selfreg_jax.errors import UserError, parse_flags, run_command
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of train.py.")
@@ -31,6 +34,7 @@ _OUTPUT = flags.DEFINE_string(
   "Folder for the results; default: WORKDIR/eval/SPLIT, or eval_pooled_NAME/SPLIT or eval_ensemble_NAME/SPLIT.",
 )
 _PROBABILITIES = flags.DEFINE_bool("probabilities", False, "With --input: also write softmax probabilities.")
+processes.define_flags()
 
 
 def main(argv: list[str]) -> int:
@@ -69,6 +73,7 @@ def check_flags() -> None:
 def evaluate() -> None:
   """Scores, compares, pools or predicts."""
   check_flags()
+  processes.start(processes.from_flags())
   # Imported after the flags were checked: a wrong flag is told at once, not after JAX has started.
   from rich.console import Console
 
@@ -76,7 +81,7 @@ def evaluate() -> None:
   from selfreg_jax.evaluation.options import Options
   from selfreg_jax.predictor import load_ensemble
 
-  console = Console(width=None if sys.stdout.isatty() else 100)
+  console = Console(width=None if sys.stdout.isatty() else 100, quiet=not processes.is_first())
   options = Options(_TTA.value, _RESIZE.value, _POSTPROCESS.value)
   request = scoring.Request(_SPLIT.value, _DATA.value, _CHECKPOINT.value, options, _WORKERS.value)
   workdirs = pooling.find_workdirs(_WORKDIRS.value) if _WORKDIRS.value else [_WORKDIR.value]

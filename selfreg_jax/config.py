@@ -14,7 +14,17 @@ ConfigDict = ml_collections.ConfigDict
 
 # Fields that change what is seen on the screen or how fast data are read, but no number of a run: a workdir may be
 # continued with other values.
-HARMLESS = ("data.dir", "data.verify", "data.threads", "data.prefetch", "train.log_every", "eval.batch_size")
+HARMLESS = (
+  "on_save_error",
+  "data.dir",
+  "data.verify",
+  "data.threads",
+  "data.prefetch",
+  "data.timeout",
+  "train.checkpoint_every",
+  "train.log_every",
+  "eval.batch_size",
+)
 
 
 def base_config(network: str = "unet") -> ConfigDict:
@@ -28,6 +38,9 @@ def base_config(network: str = "unet") -> ConfigDict:
   # What to start from instead of random weights: a workdir (of train.py or of selfreg_jax.models.pretrained) or a file
   # of PyTorch weights (.pth, .safetensors, .npz). A head for another number of classes is initialized anew.
   config.init_from = ""
+  # What to do when a checkpoint cannot be written (a full disk): "stop", or "continue" with a warning and try again at
+  # the next one. The checkpoints before it are whole either way.
+  config.on_save_error = "stop"
 
   config.data = data = ConfigDict()
   data.name = ""  # published dataset of the recipe, whose classes the data must have: "synapse", "acdc", ...; "": any
@@ -37,8 +50,9 @@ def base_config(network: str = "unet") -> ConfigDict:
   data.image_size = 224  # pixels a side of what the network sees; slices are resized to it by cubic splines
   data.foreground_fraction = 0.0  # share of slices drawn among those with foreground, 0..1; 0 is the authors' sampling
   data.verify = True  # read every file once at the start and compare checksums (about a second per gigabyte)
-  data.threads = 4  # reading threads; 0 reads in the training thread
+  data.threads = 4  # reading threads; 0 reads slice after slice
   data.prefetch = 8  # batches held ready
+  data.timeout = 60.0  # seconds without a batch after which reading is taken to hang, and the run stops; > 0
 
   config.augment = augment = ConfigDict()  # the recipe of TransUNet and of the authors
   augment.turn_flip_probability = 0.5  # of a quarter turn and a flip, 0..1
@@ -60,6 +74,7 @@ def base_config(network: str = "unet") -> ConfigDict:
   optimizer.learning_rate = 0.01  # of the first step, > 0
   optimizer.momentum = 0.9  # of sgd, 0..1
   optimizer.weight_decay = 1e-4  # sgd and adam: added to the gradient, as in PyTorch; adamw: decoupled
+  optimizer.clip_norm = 0.0  # gradients of a larger global L2 norm are scaled down to it, before weight decay; 0: never
   optimizer.schedule = "poly"  # "poly", "cosine" (warm restarts, stepped once an epoch) or "constant"
   optimizer.poly_power = 0.9  # of poly: rate * (1 - step / steps) ** power
   optimizer.cosine_period = 10  # of cosine: epochs between restarts
@@ -72,6 +87,16 @@ def base_config(network: str = "unet") -> ConfigDict:
   train.steps = 0  # steps instead of epochs; 0 follows epochs
   train.validate_every = 1000  # steps between validations, each with a checkpoint (the last step has one); 0: an epoch
   train.patience = 0  # epochs without a better validation Dice after which to stop early; 0: never
+  train.checkpoint_every = 0  # steps between further checkpoints, for machines that may be taken away; 0: none
+  # Micro-batches that a batch is taken in, one after another: memory of a part of the batch, its gradients summed. CE
+  # and SCR are those of the whole batch; Dice, IFD and batch statistics those of each micro-batch.
+  train.accumulate = 1
+  # Decay of an exponential moving average of the weights, which validation and evaluation then use; 0: no average.
+  train.ema_decay = 0.0
+  # A loss or gradient that is not finite: "stop" (the batch is saved for inspection), or "skip" the update, up to
+  # most_skips times in a row.
+  train.on_nonfinite = "stop"
+  train.most_skips = 5
   train.log_every = 50  # steps between lines of metrics; in between nothing is read from the device
 
   config.eval = evaluation = ConfigDict()
@@ -106,6 +131,7 @@ def _unet() -> ConfigDict:
   model.name = "unet"
   model.widths = (64, 128, 256, 512, 512)  # channels of the stem and of each down stage
   model.upsample = "bilinear"  # or "transpose"
+  model.remat = False  # recompute the insides of a block in the backward pass: less memory, more time
   model.dtype = "float32"  # of the computation: "float32" or "bfloat16"; parameters, losses and logits stay float32
   return model
 
@@ -148,6 +174,7 @@ def _one_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
 
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
   "seed": (lambda value: 0 <= value < 2**31, "between 0 and 2**31 - 1"),
+  "on_save_error": _one_of("stop", "continue"),
   "data.name": _one_of("", *PUBLISHED),
   "data.dir": (bool, "the folder of a prepared dataset (--config.data.dir=DIR)"),
   "data.fold": (lambda value: value >= -1, "the number of a fold, from 0, or -1"),
@@ -156,6 +183,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
   "data.foreground_fraction": _SHARE,
   "data.threads": _NOT_NEGATIVE,
   "data.prefetch": _AT_LEAST_1,
+  "data.timeout": _POSITIVE,
   "augment.turn_flip_probability": _SHARE,
   "augment.rotate_probability": _SHARE,
   "augment.max_angle": (lambda value: 0 <= value <= 180, "between 0 and 180 degrees"),
@@ -184,6 +212,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
   "optimizer.learning_rate": _POSITIVE,
   "optimizer.momentum": _SHARE,
   "optimizer.weight_decay": _NOT_NEGATIVE,
+  "optimizer.clip_norm": _NOT_NEGATIVE,
   "optimizer.schedule": _one_of("poly", "cosine", "constant"),
   "optimizer.poly_power": _POSITIVE,
   "optimizer.cosine_period": _AT_LEAST_1,
@@ -192,6 +221,11 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
   "train.steps": _NOT_NEGATIVE,
   "train.validate_every": _NOT_NEGATIVE,
   "train.patience": _NOT_NEGATIVE,
+  "train.checkpoint_every": _NOT_NEGATIVE,
+  "train.accumulate": _AT_LEAST_1,
+  "train.ema_decay": (lambda value: 0 <= value < 1, "at least 0 and below 1"),
+  "train.on_nonfinite": _one_of("stop", "skip"),
+  "train.most_skips": _AT_LEAST_1,
   "train.log_every": _AT_LEAST_1,
   "eval.batch_size": _AT_LEAST_1,
 }

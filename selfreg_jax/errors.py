@@ -19,20 +19,28 @@ class UserError(Exception):
   """
 
 
+class FaultError(Exception):
+  """Something that stops a run and is nobody's mistake: a full disk, a loss that is not finite, a lost process.
+
+  Commands print the message without a traceback and exit with code 1 (`run_command`).
+  """
+
+
 def run_command(command: Callable[[], None]) -> int:
-  """Runs a command's body and turns a `UserError` into one message on stderr and exit code 2.
+  """Runs a command's body and turns what it raises on purpose into one message on stderr and an exit code.
 
   Args:
-    command: the body; anything it raises besides `UserError` is a fault of the program and keeps its traceback.
+    command: the body; anything it raises besides `UserError` and `FaultError` is a fault of the program and keeps its
+      traceback.
 
   Returns:
-    The exit code for `sys.exit`: 0, or 2 after a user's mistake.
+    The exit code for `sys.exit`: 0, 2 after a user's mistake, or 1 after a fault.
   """
   try:
     command()
-  except UserError as error:
+  except (UserError, FaultError) as error:
     print(f"error: {error}", file=sys.stderr, flush=True)
-    return EXIT_USER_MISTAKE
+    return EXIT_USER_MISTAKE if isinstance(error, UserError) else EXIT_FAULT
   return EXIT_OK
 
 

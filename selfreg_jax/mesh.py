@@ -43,13 +43,55 @@ def replicated_like(abstract: Any, mesh: Mesh) -> Any:
   return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract)
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-  """Raises UserError unless the devices divide the global batch; names the nearest sizes that they do."""
-  devices = mesh.size
-  if batch_size % devices:
-    lower, upper = batch_size // devices * devices, -(-batch_size // devices) * devices
+def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
+  """Raises UserError unless the global batch can be split; names the nearest sizes that can.
+
+  Args:
+    batch_size: slices of a global batch.
+    mesh: whose devices must divide it.
+    accumulate: micro-batches that it is taken in, each of which the devices must divide.
+  """
+  parts = mesh.size * accumulate
+  if batch_size % parts:
+    lower, upper = batch_size // parts * parts, -(-batch_size // parts) * parts
     nearest = f"{lower} or {upper}" if lower else f"{upper}"
-    raise UserError(f"config.data.batch_size = {batch_size} cannot be split over {devices} devices; use {nearest}")
+    micro = f", each in {accumulate} micro-batches (config.train.accumulate)" if accumulate > 1 else ""
+    raise UserError(
+      f"config.data.batch_size = {batch_size} cannot be split over {mesh.size} devices{micro}; use {nearest}"
+    )
+
+
+def local_mesh(mesh: Mesh) -> Mesh:
+  """The mesh over this process's devices only: the same mesh where there is one process."""
+  return mesh if jax.process_count() == 1 else make_mesh(list(mesh.local_mesh.devices.flat))
+
+
+def local_copy(tree: Any, local: Mesh) -> Any:
+  """Replicated global arrays as arrays of this process alone, without a copy; the same arrays in one process.
+
+  Args:
+    tree: arrays with a copy on every device of all processes.
+    local: `local_mesh` of their mesh.
+
+  Returns:
+    The tree with a copy on every device of this process.
+  """
+  if jax.process_count() == 1:
+    return tree
+
+  def localized(array: jax.Array) -> jax.Array:
+    shards = [shard.data for shard in array.addressable_shards]
+    return jax.make_array_from_single_device_arrays(array.shape, replicated(local), shards)
+
+  return jax.tree.map(localized, tree)
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+  """Host arrays that every process has, as global arrays with a copy on every device; nothing is communicated."""
+  sharding = replicated(mesh)
+  return jax.tree.map(
+    lambda array: jax.make_array_from_callback(np.shape(array), sharding, lambda index: np.asarray(array)[index]), tree
+  )
 
 
 def place_batch(batch: Any, mesh: Mesh) -> Any:

@@ -45,6 +45,12 @@ def hold(workdir: str | os.PathLike) -> Iterator[pathlib.Path]:
     yield folder
 
 
+@contextlib.contextmanager
+def share(workdir: str | os.PathLike) -> Iterator[pathlib.Path]:
+  """A workdir that the first process of a run holds, for its other processes, which only read in it."""
+  yield pathlib.Path(workdir)
+
+
 def write_config(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
   """Writes `config.json`, for people to read; what programs need is in each checkpoint. Whole or not at all."""
   temporary = folder / f"{CONFIG_FILE}.partial"

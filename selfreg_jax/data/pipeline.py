@@ -96,6 +96,31 @@ class Sampling:
   foreground_fraction: float = 0.0
 
 
+def records(dataset: SliceDataset, sampling: Sampling) -> grain.MapDataset:
+  """The endless, random-access sequence of record numbers that a run's positions draw; no slice is read.
+
+  Args:
+    dataset: slices to draw from.
+    sampling: how to draw.
+
+  Returns:
+    A `grain.MapDataset` of integers.
+
+  Raises:
+    UserError: foreground sampling without foreground.
+  """
+  every = _endless(grain.MapDataset.range(len(dataset)), sampling.seed)
+  if sampling.foreground_fraction == 0:
+    return every
+  foreground = dataset.foreground_records()
+  if not len(foreground):
+    raise UserError("data.foreground_fraction > 0, but no training slice holds any class besides the background")
+  foreground_stream = _endless(grain.MapDataset.source(foreground), sampling.seed + 1)
+  streams = [(every, 1 - sampling.foreground_fraction), (foreground_stream, sampling.foreground_fraction)]
+  kept = [(stream, weight) for stream, weight in streams if weight > 0]
+  return grain.MapDataset.mix([stream for stream, _ in kept], [weight for _, weight in kept])
+
+
 def batches(
   dataset: SliceDataset, sampling: Sampling, *, process_index: int = 0, process_count: int = 1
 ) -> grain.MapDataset:
@@ -117,17 +142,32 @@ def batches(
     raise UserError(
       f"data.batch_size = {sampling.batch_size} cannot be divided among {process_count} processes; use a multiple"
     )
-  records = _endless(grain.MapDataset.range(len(dataset)), sampling.seed)
-  if sampling.foreground_fraction > 0:
-    foreground = dataset.foreground_records()
-    if not len(foreground):
-      raise UserError("data.foreground_fraction > 0, but no training slice holds any class besides the background")
-    foreground_stream = _endless(grain.MapDataset.source(foreground), sampling.seed + 1)
-    streams = [(records, 1 - sampling.foreground_fraction), (foreground_stream, sampling.foreground_fraction)]
-    kept = [(stream, weight) for stream, weight in streams if weight > 0]
-    records = grain.MapDataset.mix([stream for stream, _ in kept], [weight for _, weight in kept])
-  slices = records.map_with_index(functools.partial(_read, dataset))
-  return slices[process_index::process_count].batch(sampling.batch_size // process_count)
+  slices = records(dataset, sampling).map_with_index(functools.partial(_read, dataset))
+  if process_count > 1:
+    slices = grain.MapDataset.source(_ProcessPart(slices, sampling.batch_size, process_index, process_count))
+  return slices.batch(sampling.batch_size // process_count)
+
+
+class _ProcessPart:
+  """One process's share of a stream: a contiguous block of every global batch.
+
+  Contiguous, because the global array is the processes' parts one after another: every slice then has the place in the
+  batch that it has with one process, and whatever is drawn by place (dropout, drop path) is the same too.
+  """
+
+  def __init__(self, slices: grain.MapDataset, batch_size: int, process_index: int, process_count: int):
+    self._slices = slices
+    self._batch_size = batch_size
+    self._size = batch_size // process_count
+    self._first = process_index * self._size
+    self._process_count = process_count
+
+  def __len__(self) -> int:
+    return len(self._slices) // self._batch_size * self._size
+
+  def __getitem__(self, place: int) -> Batch:
+    step, offset = divmod(place, self._size)
+    return self._slices[step * self._batch_size + self._first + offset]
 
 
 def _endless(records: grain.MapDataset, seed: int) -> grain.MapDataset:

@@ -6,6 +6,12 @@
     python -m selfreg_jax.data.prepare --check --output=data/spleen
     python -m selfreg_jax.data.prepare --check --dataset=msd --source=Task09_Spleen --window -125 275
 
+The same command again goes on where it was stopped. Many machines that share a disk prepare a part of the cases each,
+at the same time, and one puts them together:
+
+    python -m selfreg_jax.data.prepare --dataset=... --shard=0/3    (1/3 and 2/3 elsewhere)
+    python -m selfreg_jax.data.prepare --dataset=... --merge
+
 What lies in --source (or in a folder below it; docs/datasets.md shows the trees in full):
 
     synapse   img/img0001.nii.gz, label/label0001.nii.gz; or train_npz/case0005_slice000.npz and
@@ -19,50 +25,54 @@ What lies in --source (or in a folder below it; docs/datasets.md shows the trees
 
 The arrays are written into a staging folder inside the output folder; when all cases have passed, it is renamed and the
 manifest is written last. Until then an older dataset in the same place stays as it is, and whatever stops the command
-leaves nothing that could be taken for a prepared dataset. No worker pays for JAX, and only packs in HDF5 pay for h5py.
+leaves nothing that could be taken for a prepared dataset; what it has finished is taken over by the next run
+(`staging`). Memory is bounded by the largest case times the number of workers (`conversion`). No worker pays for JAX,
+and only packs in HDF5 pay for h5py.
 """
 
 import argparse
-import concurrent.futures
 import contextlib
 import dataclasses
 import errno
-import fcntl
-import io
 import math
-import multiprocessing
 import os
 import pathlib
 import shutil
-import signal
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from typing import NoReturn
 
 import numpy as np
-import rich.console
-import rich.progress
 
-from selfreg_jax.data import acdc, cases, check, check_page, datasets, histology, manifest, splits, synapse
+from selfreg_jax.data import (
+  acdc,
+  cases,
+  check,
+  check_page,
+  conversion,
+  datasets,
+  histology,
+  manifest,
+  splits,
+  staging,
+  synapse,
+)
+from selfreg_jax.data.conversion import Job, Outcome
 from selfreg_jax.data.datasets import RawCase, RawDataset
 from selfreg_jax.data.manifest import Case, Intensity, Manifest
 from selfreg_jax.data.published import PUBLISHED
-from selfreg_jax.data.readers import CaseFaultsError, Content, Reading
+from selfreg_jax.data.readers import Reading
+from selfreg_jax.data.staging import Shard
 from selfreg_jax.errors import EXIT_FAULT, UserError, run_command
 
 CT_WINDOW = (-125.0, 275.0)  # HU; the authors' for Synapse
 DEFAULT_PAGE = "dataset_check.html"
 NORMALIZATIONS = ("minmax", "zscore", "byte")
 
-_ARRAYS = "cases"
-_STAGING = "cases.partial"
 _RAW_PHANTOMS = "raw"
-_ARRAY_ENDINGS = (".image.npy", ".label.npy")
-_ONE_SIDED = 0.99  # share of voxels at one end of the range from which the window or the units look wrong
-_SECONDS_BETWEEN_LINES = 5.0
+_KEPT = " (the cases that are done are kept for the next run)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +103,7 @@ class PrepareOptions:
     seed: of the drawn splits, of the folds and of the phantoms.
     workers: processes; None: one for each CPU that this process may use.
     overwrite: replace the dataset that `output` holds.
+    merge: convert nothing; complete the dataset whose cases `prepare_shard` has prepared.
     phantom_train_cases: made-up cases to train on; None: 18.
     phantom_test_cases: made-up test cases; None: 6.
   """
@@ -118,43 +129,44 @@ class PrepareOptions:
   seed: int = 0
   workers: int | None = None
   overwrite: bool = False
+  merge: bool = False
   phantom_train_cases: int | None = None
   phantom_test_cases: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-  """One case to convert, with all that a worker process needs.
+class _Plan:
+  """What a request comes to, once its source has been looked through.
 
   Attributes:
-    case: the case's files.
-    source: folder to which file names in messages and in the manifest are relative.
-    staging: folder for the two arrays.
-    reading: how the files are to be read.
+    output: folder of the prepared dataset.
+    source: folder of the raw files.
+    raw: what the source holds.
+    reading: how files are to be read.
     intensity: how raw values become network inputs.
-    channels: that the image must have; None: any number.
+    splits: case ids by split.
+    folds: validation ids of each fold.
+    jobs: the cases to convert.
+    workers: processes to use at most.
+    kept: what to add to messages that no dataset was written.
   """
 
-  case: RawCase
+  output: pathlib.Path
   source: pathlib.Path
-  staging: pathlib.Path
+  raw: RawDataset
   reading: Reading
   intensity: Intensity
-  channels: int | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-  """What became of a case: the case or its faults (a line each), and what is odd without being a fault."""
-
-  case: Case | None = None
-  faults: tuple[str, ...] = ()
-  warnings: tuple[str, ...] = ()
+  splits: dict[str, tuple[str, ...]]
+  folds: tuple[tuple[str, ...], ...]
+  jobs: tuple[Job, ...]
+  workers: int
+  kept: str
 
 
 def prepare(options: PrepareOptions) -> Manifest:
   """Prepares a dataset: finds the cases, checks and converts them all, writes arrays and manifest.
 
+  Cases that an interrupted run or shards have finished, from the same files with the same options, are taken over.
   Warnings and progress go to stderr.
 
   Args:
@@ -164,21 +176,93 @@ def prepare(options: PrepareOptions) -> Manifest:
     The manifest, as it was written.
 
   Raises:
-    UserError: options, source or output are unusable, the disk is full, or there are bad files: all of them are named,
-      a line each. The output folder then holds what it held before.
+    UserError: options, source or output are unusable, the disk is full, there are bad files, or cases that are to be
+      merged are not done: all of them are named, a line each. A dataset in the output folder is then what it was.
   """
+  return _prepare(options, _KEPT)
+
+
+def prepare_shard(options: PrepareOptions, shard: str) -> str:
+  """Prepares a part of the cases for `prepare` to complete; other parts may be prepared elsewhere at the same time.
+
+  Args:
+    options: what to do.
+    shard: "i/n": every n-th case in the order of ids, beginning with the i-th, from 0.
+
+  Returns:
+    What was done, for reading.
+
+  Raises:
+    UserError: what `prepare` raises; the bad files that are named are those of this part, and files that make no case.
+  """
+  part = Shard.parse(shard)
+  if options.merge:
+    raise UserError(f"--shard={part} and --merge exclude each other: merge when all shards are done")
+  with _planned(options, _KEPT, part) as plan:
+    ids = part.part(plan.raw.ids)
+    outcomes = _converted(plan, [job for job in plan.jobs if job.case.id in ids])
+    _raise_faults(plan, outcomes)
+  _warn(line for outcome in outcomes for line in outcome.warnings)
+  return (
+    f"shard {part}: {len(outcomes)} of {len(plan.jobs)} case(s) are done in {plan.output}\n"
+    "next: the same command with --merge instead of --shard, when all shards are done"
+  )
+
+
+def _prepare(options: PrepareOptions, kept: str) -> Manifest:
+  with _planned(options, kept) as plan:
+    outcomes = _merged(plan) if options.merge else _all_converted(plan)
+    _raise_faults(plan, outcomes)
+    if faults := _channel_faults(outcomes):
+      _refuse(plan, faults)
+    dtype, scale = cases.STORED_FORMATS[plan.intensity.kind]
+    made = Manifest(
+      dataset=options.dataset,
+      kind=plan.raw.kind,
+      unit=plan.raw.unit,
+      classes=plan.raw.classes,
+      channels=outcomes[0].case.shape[3],
+      intensity=plan.intensity,
+      dtype=dtype,
+      scale=scale,
+      orientation=plan.reading.orientation,
+      axis=options.axis,
+      splits=plan.splits,
+      folds=plan.folds,
+      cases={outcome.case.id: outcome.case for outcome in sorted(outcomes, key=lambda outcome: outcome.case.id)},
+      source=str(plan.source),
+    )
+    staging.install(made, plan.output)
+  _warn([*plan.raw.notes, *splits.notes_on_test(plan.splits, plan.raw.groups), *_notes_on_folds(plan.raw, made)])
+  _warn([*(line for outcome in outcomes for line in outcome.warnings), *_odd(made)])
+  return made
+
+
+def _warn(lines: Iterable[str]) -> None:
+  for line in lines:
+    print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _planned(options: PrepareOptions, kept: str, shard: Shard | None = None) -> Iterator[_Plan]:
+  """Checks the request, keeps others out of the output folder and plans the work that is then done in the body."""
   try:
     intensity = _checked_intensity(options)
+    if options.dataset == "phantom" and (shard or options.merge):
+      raise UserError("--shard, --merge cannot be used with --dataset=phantom: made-up cases are made in one go")
     output = pathlib.Path(options.output)
     _check_output(output, options)
     output.mkdir(parents=True, exist_ok=True)
-    with _locked(output):
-      return _prepare_into(output, intensity, options)
+    with staging.locked(output, shard):
+      _check_output(output, options)  # a preparation that was faster may have completed it
+      yield _plan(output, intensity, options, kept)
   except OSError as error:
-    raise UserError(_environment_fault(error, options)) from error
+    raise UserError(_environment_fault(error, options, kept)) from error
+  except KeyboardInterrupt as interrupt:
+    raise KeyboardInterrupt(f"no dataset was written{kept}") from interrupt
 
 
-def _prepare_into(output: pathlib.Path, intensity: Intensity, options: PrepareOptions) -> Manifest:
+def _plan(output: pathlib.Path, intensity: Intensity, options: PrepareOptions, kept: str) -> _Plan:
   source = _write_phantoms(output, options) if options.dataset == "phantom" else pathlib.Path(options.source)
   raw = _find(source, options)
   if not raw.ids and not raw.faults:
@@ -189,48 +273,59 @@ def _prepare_into(output: pathlib.Path, intensity: Intensity, options: PrepareOp
   folds = ()
   if options.folds is not None:
     folds = splits.choose_folds(dealt["train"], raw.groups, options.folds, options.seed)
-  _check_space(output, raw.cases, intensity)
-  staging = output / _STAGING
-  shutil.rmtree(staging, ignore_errors=True)  # what an interrupted run has left
-  staging.mkdir()
+  folder = staging.begin(output)
+  jobs = tuple(Job(case, source, folder, reading, intensity, raw.channels) for case in raw.cases)
+  return _Plan(output, source, raw, reading, intensity, dealt, folds, jobs, options.workers or conversion.cpus(), kept)
+
+
+def _all_converted(plan: _Plan) -> list[Outcome]:
+  staging.clear_others(plan.output / staging.STAGING, [job.case.id for job in plan.jobs])
+  return _converted(plan, plan.jobs)
+
+
+def _converted(plan: _Plan, jobs: Sequence[Job]) -> list[Outcome]:
+  """Converts those of the cases that are not done yet; the outcomes of all are in no particular order."""
+  earlier = conversion.take_over(jobs, plan.workers)
+  done = [outcome for outcome in earlier.values() if outcome.case is not None]
+  left = [job for job in jobs if earlier[job.case.id].case is None]
+  if done:
+    print(f"{len(done)} of {len(jobs)} cases were done already", file=sys.stderr, flush=True)
+  staging.clear(plan.output / staging.STAGING, [job.case.id for job in left])
+  _check_space(plan.output, [job.case for job in left], plan.intensity)
   try:
-    jobs = [Job(case, source, staging, reading, intensity, raw.channels) for case in raw.cases]
-    outcomes = _convert_all(jobs, options.workers)
-    faults = [*raw.faults, *(fault for outcome in outcomes for fault in outcome.faults)]
-    _raise_faults(source, faults or _channel_faults(outcomes))
-    dtype, scale = cases.STORED_FORMATS[intensity.kind]
-    made = Manifest(
-      dataset=options.dataset,
-      kind=raw.kind,
-      unit=raw.unit,
-      classes=raw.classes,
-      channels=outcomes[0].case.shape[3],
-      intensity=intensity,
-      dtype=dtype,
-      scale=scale,
-      orientation=reading.orientation,
-      axis=options.axis,
-      splits=dealt,
-      folds=folds,
-      cases={outcome.case.id: outcome.case for outcome in sorted(outcomes, key=lambda outcome: outcome.case.id)},
-      source=str(source),
+    return done + conversion.convert_all(left, plan.workers)
+  except (BrokenProcessPool, MemoryError) as error:
+    raise UserError(
+      f"a worker process died, probably out of memory; no dataset was written{plan.kept}. Use fewer than "
+      f"--workers={min(plan.workers, len(left))}"
+    ) from error
+
+
+def _merged(plan: _Plan) -> list[Outcome]:
+  """The outcomes of cases that are all done; UserError where one is not, or is not what this request would make."""
+  outcomes = conversion.take_over(plan.jobs, plan.workers)
+  missing = {case_id: outcome.faults[0] for case_id, outcome in outcomes.items() if outcome.case is None}
+  if missing:
+    shards = _known_shards(plan)
+    again = sorted({shards[case_id] for case_id in missing if shards}, key=dataclasses.astuple)
+    named = datasets.listed(f"--shard={shard}" for shard in again) or "their shards"
+    lines = [f"{case_id}{f' (shard {shards[case_id]})' if shards else ''}: {why}" for case_id, why in missing.items()]
+    raise UserError(
+      f"{plan.output}: {len(missing)} of {len(plan.jobs)} cases are not done, no dataset was written; prepare them "
+      f"with {named}, or leave --merge out:\n  " + "\n  ".join(sorted([*lines, *plan.raw.faults]))
     )
-    _install(made, output)
-  finally:
-    shutil.rmtree(staging, ignore_errors=True)
-  notes = [*raw.notes, *splits.notes_on_test(dealt, raw.groups), *_notes_on_folds(raw, made)]
-  for warning in (*notes, *(line for outcome in outcomes for line in outcome.warnings), *_odd(made)):
-    print(f"warning: {warning}", file=sys.stderr, flush=True)
-  return made
+  staging.clear_others(plan.output / staging.STAGING, outcomes)
+  return [*outcomes.values()]
 
 
-def _install(made: Manifest, output: pathlib.Path) -> None:
-  """Puts the staged arrays in place. Between the first and the last line the folder counts as not prepared."""
-  (output / manifest.FILE_NAME).unlink(missing_ok=True)
-  if (output / _ARRAYS).exists():
-    shutil.rmtree(output / _ARRAYS)
-  (output / _STAGING).rename(output / _ARRAYS)
-  manifest.save(made, output)
+def _known_shards(plan: _Plan) -> dict[str, Shard]:
+  """The shard of each case, as far as the shards that were begun tell how many there are."""
+  counts = {shard.count for shard in staging.shard_locks(plan.output)}
+  if len(counts) != 1:
+    return {}
+  (count,) = counts
+  shards = [Shard(index, count) for index in range(count)]
+  return {case_id: shard for shard in shards for case_id in shard.part(plan.raw.ids)}
 
 
 def _checked_intensity(options: PrepareOptions) -> Intensity:
@@ -328,40 +423,19 @@ def _check_output(output: pathlib.Path, options: PrepareOptions) -> None:
     return
   if not output.is_dir():
     raise UserError(f"{output}: is a file; --output is a folder")
-  own = {manifest.FILE_NAME, manifest.FILE_NAME + ".partial", _ARRAYS, _STAGING}
-  if options.dataset == "phantom" and options.source is None:
-    own.add(_RAW_PHANTOMS)  # `_write_phantoms` looks into it
-  foreign = [path.name for path in output.iterdir() if path.name not in own and not path.name.startswith(".")]
-  for folder in (output / _ARRAYS, output / _STAGING):
-    entries = folder.iterdir() if folder.is_dir() else ()
-    foreign += [f"{folder.name}/{path.name}" for path in entries if not path.name.endswith(_ARRAY_ENDINGS)]
-  if foreign:
-    raise UserError(f"{output}: holds other files ({datasets.listed(sorted(foreign))}); give an empty or a new folder")
+  # `_write_phantoms` looks into the folder of made-up cases.
+  own = (_RAW_PHANTOMS,) if options.dataset == "phantom" and options.source is None else ()
+  if foreign := staging.foreign_files(output, own):
+    raise UserError(f"{output}: holds other files ({datasets.listed(foreign)}); give an empty or a new folder")
   if (output / manifest.FILE_NAME).exists() and not options.overwrite:
     raise UserError(f"{output}: holds a prepared dataset; --overwrite replaces it")
 
 
-@contextlib.contextmanager
-def _locked(output: pathlib.Path) -> Iterator[None]:
-  """Keeps a second preparation out of the folder. The lock dies with the process, however that ends."""
-  descriptor = os.open(output, os.O_RDONLY)
-  try:
-    try:
-      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      raise UserError(f"{output}: another preparation is writing there") from error
-    except OSError:
-      pass  # some network file systems cannot lock folders; the lock only guards against haste
-    yield
-  finally:
-    os.close(descriptor)
-
-
-def _environment_fault(error: OSError, options: PrepareOptions) -> str:
+def _environment_fault(error: OSError, options: PrepareOptions, kept: str) -> str:
   """What to say of a failing disk or of missing rights; single raw files have been dealt with in `cases`."""
   if error.errno in (errno.ENOSPC, errno.EDQUOT):
-    return f"{options.output}: the disk is full; nothing was prepared. Make room and run the same command again"
-  return f"{error.filename or options.output}: {error.strerror or error}; nothing was prepared"
+    return f"{options.output}: the disk is full; no dataset was written{kept}. Make room and run the same command again"
+  return f"{error.filename or options.output}: {error.strerror or error}; no dataset was written{kept}"
 
 
 def _write_phantoms(output: pathlib.Path, options: PrepareOptions) -> pathlib.Path:
@@ -451,83 +525,16 @@ def _check_space(output: pathlib.Path, raw_cases: Sequence[RawCase], intensity: 
     raise UserError(f"{output}: {_bytes(needed)} are needed and {_bytes(free)} are free on that disk")
 
 
-def _raise_faults(source: pathlib.Path, faults: Sequence[str]) -> None:
-  if faults:
-    raise UserError(f"{source}: {len(faults)} fault(s); nothing was prepared:\n  " + "\n  ".join(sorted(faults)))
+def _raise_faults(plan: _Plan, outcomes: Sequence[Outcome]) -> None:
+  """Raises UserError where files make no case or cases have faults."""
+  if faults := [*plan.raw.faults, *(fault for outcome in outcomes for fault in outcome.faults)]:
+    _refuse(plan, faults)
 
 
-def convert_case(job: Job) -> Outcome:
-  """Reads, checks and writes one case; the work of one process.
-
-  Args:
-    job: the case.
-
-  Returns:
-    The case as it goes into the manifest, or its faults, an image's and a label's alike.
-
-  Raises:
-    OSError: the arrays cannot be written.
-  """
-  reader = job.case.reader
-  try:
-    content = reader.read(job.reading)
-    stored = _stored(job, content)
-  except CaseFaultsError as error:
-    return Outcome(faults=tuple(f"{_names(paths, job.source)}: {line}" for paths, line in error.faults))
-  except cases.CaseError as error:
-    return Outcome(faults=(f"{_names(reader.image_files, job.source)}: {error}",))
-  return _write_case(job, content, stored)
-
-
-def _names(paths: Sequence[pathlib.Path], source: pathlib.Path) -> str:
-  return datasets.listed((datasets.relative(path, source) for path in paths), limit=4)
-
-
-def _stored(job: Job, content: Content) -> np.ndarray:
-  """(slices, rows, columns, channels) as they are written to disk; each channel is mapped on its own."""
-  channels = content.image.shape[3]
-  if job.channels not in (None, channels):
-    raise cases.CaseError(f"has {channels} channel(s), the dataset has {job.channels}")
-  stored = []
-  for channel in np.moveaxis(content.image, 3, 0):
-    network_input = channel if content.mapped else cases.apply_intensity(channel, job.intensity)
-    stored.append(cases.encode(network_input, job.intensity.kind)[0])
-    del network_input  # twice the size of what is stored
-  return stored[0][..., np.newaxis] if channels == 1 else np.stack(stored, axis=-1)
-
-
-def _write_case(job: Job, content: Content, stored: np.ndarray) -> Outcome:
-  case_id, reader = job.case.id, job.case.reader
-  paths = {kind: job.staging / f"{case_id}.{kind}.npy" for kind in ("image", "label")}
-  _write_array(paths["image"], stored)
-  _write_array(paths["label"], content.classes)
-  num_classes = job.reading.labels.num_classes
-  counts = sum(np.bincount(labels.ravel(), minlength=num_classes) for labels in content.classes)
-  case = Case(
-    id=case_id,
-    image=f"{_ARRAYS}/{paths['image'].name}",
-    label=f"{_ARRAYS}/{paths['label'].name}",
-    shape=stored.shape,
-    spacing=content.spacing,
-    axcodes=content.axcodes,
-    affine=None if content.affine is None else tuple(tuple(row) for row in content.affine.tolist()),
-    file_shape=content.file_shape,
-    header=None if content.header is None else cases.pack_header(content.header),
-    group=job.case.group or case_id,
-    sources={
-      "image": _file_or_files(reader.image_files, job.source),
-      "label": _file_or_files(reader.label_files, job.source),
-    },
-    checksums={kind: manifest.checksum(path) for kind, path in paths.items()},
-    class_voxels=tuple(counts.tolist()),
-    foreground_slices=tuple(np.flatnonzero(content.classes.any(axis=(1, 2))).tolist()),
+def _refuse(plan: _Plan, faults: Sequence[str]) -> NoReturn:
+  raise UserError(
+    f"{plan.source}: {len(faults)} fault(s); no dataset was written{plan.kept}:\n  " + "\n  ".join(sorted(faults))
   )
-  return Outcome(case, warnings=_one_sided(stored, _names(reader.image_files, job.source)))
-
-
-def _file_or_files(paths: Sequence[pathlib.Path], source: pathlib.Path) -> str | list[str]:
-  names = [datasets.relative(path, source) for path in paths]
-  return names[0] if len(names) == 1 else names
 
 
 def _channel_faults(outcomes: Sequence[Outcome]) -> list[str]:
@@ -539,95 +546,6 @@ def _channel_faults(outcomes: Sequence[Outcome]) -> list[str]:
     for outcome, count in zip(outcomes, counts, strict=True)
     if count != usual
   ]
-
-
-def _one_sided(stored: np.ndarray, name: str) -> tuple[str, ...]:
-  if stored.dtype != np.uint16:
-    return ()
-  shares = {"lower": np.mean(stored == 0), "upper": np.mean(stored == np.iinfo(stored.dtype).max)}
-  return tuple(
-    f"{name}: {share:.1%} of the voxels lie at or beyond the {end} end of the range; wrong window or wrong units?"
-    for end, share in shares.items()
-    if share > _ONE_SIDED
-  )
-
-
-def _write_array(path: pathlib.Path, array: np.ndarray) -> None:
-  """Writes a C-contiguous array as .npy. `numpy.save` would lose the error number of a full disk."""
-  header = io.BytesIO()
-  np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
-  with path.open("wb") as file:
-    file.write(header.getbuffer())
-    file.write(array.data)
-
-
-def _convert_all(jobs: Sequence[Job], workers: int | None) -> list[Outcome]:
-  """Converts all cases, in this process (one worker) or in several; the outcomes are in no particular order."""
-  workers = min(workers or _cpus(), len(jobs))
-  with _progress(len(jobs)) as advance:
-    try:
-      if workers > 1:
-        return _convert_in_processes(jobs, workers, advance)
-      outcomes = []
-      for job in jobs:
-        outcomes.append(convert_case(job))
-        advance()
-      return outcomes
-    except (BrokenProcessPool, MemoryError) as error:
-      raise UserError(
-        f"a worker process died, probably out of memory; nothing was prepared. Use fewer than --workers={workers}"
-      ) from error
-
-
-def _convert_in_processes(jobs: Sequence[Job], workers: int, advance: Callable[[], None]) -> list[Outcome]:
-  executor = concurrent.futures.ProcessPoolExecutor(
-    workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
-  )
-  try:
-    outcomes = []
-    for future in concurrent.futures.as_completed([executor.submit(convert_case, job) for job in jobs]):
-      outcomes.append(future.result())
-      advance()
-    return outcomes
-  finally:
-    executor.shutdown(wait=True, cancel_futures=True)  # nobody may still be writing when the staging folder goes
-
-
-def _start_worker() -> None:
-  """Leaves Ctrl-C to the main process, and ends the worker if that is killed: it would wait for work for ever."""
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
-  threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-  multiprocessing.parent_process().join()
-  os._exit(EXIT_FAULT)
-
-
-def _cpus() -> int:
-  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[], None]]:
-  """A bar on a terminal, else a line every few seconds; yields what to call after each case."""
-  console = rich.console.Console(stderr=True)
-  if console.is_terminal:
-    columns = (*rich.progress.Progress.get_default_columns(), rich.progress.MofNCompleteColumn())
-    with rich.progress.Progress(*columns, console=console) as bar:
-      task = bar.add_task("preparing", total=total)
-      yield lambda: bar.advance(task)
-    return
-  done, last_line = 0, time.monotonic()
-
-  def advance() -> None:
-    nonlocal done, last_line
-    done += 1
-    if time.monotonic() - last_line >= _SECONDS_BETWEEN_LINES:
-      last_line = time.monotonic()
-      print(f"prepared {done} of {total} cases", file=sys.stderr, flush=True)
-
-  yield advance
 
 
 def _odd(made: Manifest) -> list[str]:
@@ -746,7 +664,7 @@ def check_archive(options: PrepareOptions, page: str | os.PathLike) -> str:
   _check_page_folder(page)
   try:
     with tempfile.TemporaryDirectory(prefix="selfreg_jax_check.") as folder:
-      made = prepare(dataclasses.replace(options, output=folder))
+      made = _prepare(dataclasses.replace(options, output=folder), kept="")
       return _describe_checked(made, folder, str(options.source), page)
   except OSError as error:
     raise UserError(f"--check: {error.filename or 'temporary folder'}: {error.strerror or error}") from error
@@ -793,7 +711,13 @@ def _parser() -> argparse.ArgumentParser:
   add("--axis", type=int, choices=range(3), default=2, help="cut slices along this axis, after orientation")
   add("--seed", type=int, default=0, help="of drawn splits, folds and phantoms")
   add("--workers", type=int, help="processes, default one a CPU; memory grows with them")
-  add("--overwrite", action="store_true", help="replace the dataset in --output")
+  add("--overwrite", action="store_true", help="replace the dataset in --output, when the new one is complete")
+  add(
+    "--shard",
+    metavar="I/N",
+    help="prepare only part I (from 0) of N, on any machine that shares the disk; then --merge",
+  )
+  add("--merge", action="store_true", help="convert nothing: complete the dataset that all shards have prepared")
   add("--phantom_train_cases", type=int, help="made-up cases to train on, default 18")
   add("--phantom_test_cases", type=int, help="made-up test cases, default 6")
   add(
@@ -810,14 +734,18 @@ def _parse_command(arguments: Sequence[str] | None) -> Callable[[], str]:
   """What the command line asks for, to be called; argparse itself reports wrong flags and exits with code 2."""
   parser = _parser()
   given = vars(parser.parse_args(arguments))
-  checking, page = given.pop("check"), given.pop("html")
+  checking, page, shard = given.pop("check"), given.pop("html"), given.pop("shard")
   if not checking:
     if missing := [f"--{name}" for name in ("dataset", "output") if given[name] is None]:
       parser.error(f"the following arguments are required: {', '.join(missing)}")
     if page is not None:
       parser.error("--html goes with --check")
     options = PrepareOptions(**given)
+    if shard is not None:
+      return lambda: prepare_shard(options, shard)
     return lambda: summary(prepare(options), options.output)
+  if shard is not None or given["merge"]:
+    parser.error("--shard and --merge prepare, --check does not; leave them out")
   page = page or DEFAULT_PAGE
   if given["output"] is None:
     if given["dataset"] is None or given["overwrite"]:
@@ -840,8 +768,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
   command = _parse_command(arguments)
   try:
     return run_command(lambda: print(command(), flush=True))
-  except KeyboardInterrupt:
-    print("interrupted: nothing was prepared; run the same command again", file=sys.stderr, flush=True)
+  except KeyboardInterrupt as interrupt:
+    what = str(interrupt) or "nothing was written"
+    print(f"interrupted: {what}; run the same command again", file=sys.stderr, flush=True)
     return EXIT_FAULT
 
 

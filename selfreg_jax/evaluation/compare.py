@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
+from selfreg_jax import processes
 from selfreg_jax.errors import UserError
 from selfreg_jax.evaluation import comparison, protocols, report, scoring
 from selfreg_jax.evaluation.scoring import Request
@@ -59,7 +60,8 @@ def compare_workdirs(
       for name in protocols.PROTOCOLS
     },
   }
-  report.write_summary(first.output / "compare.json", result)
+  if processes.is_first():
+    report.write_summary(first.output / "compare.json", result)
   comparison.print_comparison(
     result["protocols"]["sound"],
     console,

@@ -12,6 +12,7 @@ from rich import box, table, text
 from rich.console import Console
 
 from selfreg_jax import config as configs
+from selfreg_jax import processes
 from selfreg_jax.errors import UserError
 from selfreg_jax.evaluation import protocols, report, scoring
 from selfreg_jax.evaluation.scoring import Request, Scores
@@ -97,7 +98,8 @@ def pool_workdirs(
   }
   output = pathlib.Path(output)
   scoring.make_folder(output)
-  report.write_summary(output / "pooled.json", result)
+  if processes.is_first():
+    report.write_summary(output / "pooled.json", result)
   for name, block in result["protocols"].items():
     print_pooled(block, console, protocol=name, unit=scoring.distance_unit(name, first))
   if result["together"]:

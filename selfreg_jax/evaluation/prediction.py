@@ -1,6 +1,7 @@
 """Predicts a folder of unlabelled files: NIfTI volumes, or images where the network was trained on images."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import time
@@ -9,6 +10,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from rich.console import Console
 
+from selfreg_jax import processes
 from selfreg_jax.data import cases, datasets, images
 from selfreg_jax.errors import UserError
 from selfreg_jax.evaluation import class_maps
@@ -28,7 +30,8 @@ def predict_folder(
 ) -> list[pathlib.Path]:
   """Predicts every file of a folder, of any size and orientation.
 
-  A file that cannot be used stops none of the others; all such files are named at the end.
+  A file that cannot be used stops none of the others; all such files are named at the end. Several processes of JAX
+  share the files.
 
   Args:
     predictor: of a trained workdir.
@@ -41,14 +44,16 @@ def predict_folder(
     console: where to print.
 
   Returns:
-    The class maps' files.
+    The class maps' files; of this process's share.
 
   Raises:
     UserError: no files, clashing names, or files that cannot be used.
   """
   kind = predictor.dataset.kind
-  files = find_inputs(pathlib.Path(folder), pathlib.Path(output), kind=kind, channels=predictor.dataset.channels)
-  make_folder(pathlib.Path(output))
+  with processes.together():
+    files = find_inputs(pathlib.Path(folder), pathlib.Path(output), kind=kind, channels=predictor.dataset.channels)
+    make_folder(pathlib.Path(output))
+  files = dict(processes.share_of(list(files.items())))
   console.print(f"options     {predictor.options}", markup=False, highlight=False)
   predict = _predict_volume if kind == "volume" else _predict_image
   written, faults = [], []
@@ -64,8 +69,9 @@ def predict_folder(
     written.append(target)
     seconds = time.monotonic() - start
     console.print(f"{number}/{len(files)} {names} -> {target} in {seconds:.1f} s", markup=False, highlight=False)
+  faults = [fault for text in processes.gather_texts(json.dumps(faults)) for fault in json.loads(text)]
   if faults:
-    raise UserError(f"{folder}: {len(faults)} of {len(files)} files could not be predicted:\n  " + "\n  ".join(faults))
+    raise UserError(f"{folder}: {len(faults)} file(s) could not be predicted:\n  " + "\n  ".join(faults))
   return written
 
 

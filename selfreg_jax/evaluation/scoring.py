@@ -19,15 +19,16 @@ import numpy as np
 from rich.console import Console
 
 from selfreg_jax import config as configs
+from selfreg_jax import processes
 from selfreg_jax.data import augment
 from selfreg_jax.data import manifest as manifests
 from selfreg_jax.data.manifest import Case, CaseArrays, DatasetInfo, Manifest
 from selfreg_jax.errors import UserError
 from selfreg_jax.evaluation import case_scores, class_maps, html_report, protocols, report
-from selfreg_jax.evaluation.case_scores import CaseScorer, Prediction
+from selfreg_jax.evaluation.case_scores import CaseScorer, Outcome, Prediction
 from selfreg_jax.evaluation.options import Options
 from selfreg_jax.predictor import Predictor
-from selfreg_jax.training.checkpoints import FOLDER, Checkpoints, load_trained
+from selfreg_jax.training.checkpoints import choose, load_trained
 
 Scores = dict[str, dict[str, protocols.ClassTable]]
 
@@ -111,16 +112,11 @@ def _current(workdir: str | os.PathLike, output: pathlib.Path, request: Request)
     scores = report.read_cases_csv(output / "cases.csv")
   except (OSError, ValueError, KeyError):
     return None
-  if not pathlib.Path(workdir, FOLDER).is_dir():
-    return None  # loading it will say so
-  with Checkpoints(workdir, read_only=True) as checkpoints:
-    step = checkpoints.best_step() if request.checkpoint == "best" else checkpoints.latest_step()
-    if step is None:
-      return None
-    config, val_dice = checkpoints.config(step), checkpoints.metric(step)
+  checkpoint = choose(workdir, request.checkpoint)
+  config = checkpoint.config
   manifest, _ = load_data(config, request.data)
   wanted = {
-    "checkpoint": {"step": step, "val_dice": val_dice},
+    "checkpoint": {"step": checkpoint.step, "val_dice": checkpoint.val_dice},
     "config": json.loads(json.dumps(configs.to_json(config))),
     "options": request.options.to_json(),
   }
@@ -177,7 +173,7 @@ def score_dataset(
     output: folder for the results.
     console: where to print.
     workers: processes that score while the next cases are predicted; 1 works in this process. Results do not depend
-      on it.
+      on it, nor on the number of processes of JAX, which share the cases.
     members: the workdirs of an ensemble, to be named in the summary.
 
   Returns:
@@ -186,12 +182,15 @@ def score_dataset(
   Raises:
     UserError: the dataset does not fit the network, or the split is empty.
   """
-  manifest, directory = load_data(predictor.config, directory)
-  check_fits(predictor.dataset, manifest, directory)
-  split_cases = manifest.split(split)
-  if not split_cases:
-    raise UserError(f"{directory}: the {split} split is empty; prepare the dataset with {split} cases, or give --split")
   output = pathlib.Path(output)
+  with processes.together():
+    manifest, directory = load_data(predictor.config, directory)
+    check_fits(predictor.dataset, manifest, directory)
+    split_cases = manifest.split(split)
+    if not split_cases:
+      raise UserError(
+        f"{directory}: the {split} split is empty; prepare the dataset with {split} cases, or give --split"
+      )
   say = functools.partial(console.print, markup=False, highlight=False)
   say(f"scoring     {len(split_cases)} {split} cases of {directory}")
   say(f"options     {predictor.options}")
@@ -199,7 +198,9 @@ def score_dataset(
   if seen:
     say(f"warning     {len(seen)} of these cases were trained on; scores on them flatter: {', '.join(seen[:8])}")
   with _replacing(output) as staging:
-    scores, removed = _score_cases(staging, predictor, manifest, directory, split_cases, workers, say)
+    with processes.together():
+      own = _score_cases(staging, predictor, manifest, directory, processes.share_of(split_cases), workers, say)
+    scores, removed = _gathered(own)
     blocks = {name: protocols.summarize(table, manifest.classes, protocol=name) for name, table in scores.items()}
     summary = {
       "protocols": blocks,
@@ -219,18 +220,19 @@ def score_dataset(
       summary["ensemble"] = list(members)
     if predictor.options.postprocess:
       summary["postprocess_removed_voxels"] = removed
-    report.write_cases_csv(staging / "cases.csv", scores, manifest.classes)
-    html_report.write_report(
-      staging / "report.html",
-      summary=summary,
-      scores=scores,
-      manifest=manifest,
-      case_ids=[case.id for case in split_cases],
-      load_case=functools.partial(
-        _load_case, manifest=manifest, arrays=CaseArrays(directory), folder=staging / "predictions"
-      ),
-    )
-    report.write_summary(staging / "summary.json", summary)
+    if processes.is_first():
+      report.write_cases_csv(staging / "cases.csv", scores, manifest.classes)
+      html_report.write_report(
+        staging / "report.html",
+        summary=summary,
+        scores=scores,
+        manifest=manifest,
+        case_ids=[case.id for case in split_cases],
+        load_case=functools.partial(
+          _load_case, manifest=manifest, arrays=CaseArrays(directory), folder=staging / "predictions"
+        ),
+      )
+      report.write_summary(staging / "summary.json", summary)
   for protocol, block in blocks.items():
     report.print_table(block, console, protocol=protocol, kind=manifest.kind, unit=distance_unit(protocol, summary))
   if predictor.options.postprocess:
@@ -245,44 +247,64 @@ def _score_cases(
   predictor: Predictor,
   manifest: Manifest,
   directory: pathlib.Path,
-  split_cases: Sequence[Case],
+  own_cases: Sequence[Case],
   workers: int,
   say: Callable[[str], None],
-) -> tuple[Scores, int]:
-  """Scores the cases and writes their class maps and overlays; returns the scores and how many voxels were removed."""
+) -> list[Outcome]:
+  """Scores this process's cases and writes their class maps and overlays."""
   scorer = CaseScorer.for_dataset(manifest, directory, staging, postprocess=predictor.options.postprocess)
-  arrays = CaseArrays(directory)
-  scores: Scores = {protocol: {} for protocol in protocols.PROTOCOLS}
-  predictions = _predictions(predictor, manifest, split_cases, arrays)
-  workers = min(workers, len(split_cases))
-  removed, start = 0, time.monotonic()
-  with contextlib.closing(case_scores.score_all(scorer, predictions, workers=workers)) as outcomes:
-    for number, outcome in enumerate(outcomes, 1):
-      for protocol, table in outcome.tables.items():
-        scores[protocol][outcome.case_id] = table
-      removed += outcome.removed
+  predictions = _predictions(predictor, manifest, own_cases, CaseArrays(directory))
+  workers = max(min(workers, len(own_cases)), 1)
+  outcomes, start = [], time.monotonic()
+  with contextlib.closing(case_scores.score_all(scorer, predictions, workers=workers)) as scored:
+    for number, outcome in enumerate(scored, 1):
+      outcomes.append(outcome)
       now = time.monotonic()
-      say(f"{number}/{len(split_cases)} {outcome.case_id}: {outcome.caption}, {now - start:.1f} s")
+      say(f"{number}/{len(own_cases)} {outcome.case_id}: {outcome.caption}, {now - start:.1f} s")
       start = now
-  return scores, removed
+  return outcomes
+
+
+def _gathered(own: Sequence[Outcome]) -> tuple[Scores, int]:
+  """The scores of all processes' cases, in the order of the cases, and how many voxels were removed in all."""
+  texts = processes.gather_texts(json.dumps([dataclasses.asdict(outcome) for outcome in own]))
+  outcomes = processes.merge_shares([json.loads(text) for text in texts])
+  scores: Scores = {protocol: {} for protocol in protocols.PROTOCOLS}
+  for outcome in outcomes:
+    for protocol, table in outcome["tables"].items():
+      # JSON has no integers as names.
+      scores[protocol][outcome["case_id"]] = {int(class_id): row for class_id, row in table.items()}
+  return scores, sum(outcome["removed"] for outcome in outcomes)
 
 
 @contextlib.contextmanager
 def _replacing(output: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A folder for results that take the place of an earlier evaluation's once they are complete, and not before."""
+  """A folder for results that take the place of an earlier evaluation's once they are complete, and not before.
+
+  All processes write into it; the first one makes and replaces folders, and the others wait for that.
+  """
   staging = output / ".partial"
-  shutil.rmtree(staging, ignore_errors=True)  # what an interrupted evaluation has left
-  for folder in ("overlays", "predictions"):
-    make_folder(staging / folder)
+  with processes.together():
+    if processes.is_first():
+      shutil.rmtree(staging, ignore_errors=True)  # what an interrupted evaluation has left
+      for folder in ("overlays", "predictions"):
+        make_folder(staging / folder)
   try:
     yield staging
-    (output / "summary.json").unlink(missing_ok=True)  # the last to come: where it is, the rest belongs to it
-    for name in (*_RESULTS, "summary.json"):
-      if (output / name).is_dir():
-        shutil.rmtree(output / name)
-      (staging / name).replace(output / name)
+    with processes.together():
+      if processes.is_first():
+        _install(staging, output)
   finally:
-    shutil.rmtree(staging, ignore_errors=True)
+    if processes.is_first():
+      shutil.rmtree(staging, ignore_errors=True)
+
+
+def _install(staging: pathlib.Path, output: pathlib.Path) -> None:
+  (output / "summary.json").unlink(missing_ok=True)  # the last to come: where it is, the rest belongs to it
+  for name in (*_RESULTS, "summary.json"):
+    if (output / name).is_dir():
+      shutil.rmtree(output / name)
+    (staging / name).replace(output / name)
 
 
 def seen_in_training(

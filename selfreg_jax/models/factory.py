@@ -27,7 +27,7 @@ def build_model(config: ml_collections.ConfigDict, num_classes: int) -> nn.Modul
 
 
 def _build_unet(config: ml_collections.ConfigDict) -> functools.partial:
-  return functools.partial(UNet, widths=tuple(config.widths), upsample=config.upsample)
+  return functools.partial(UNet, widths=tuple(config.widths), upsample=config.upsample, remat=config.remat)
 
 
 def _build_swin_unet(config: ml_collections.ConfigDict) -> functools.partial:

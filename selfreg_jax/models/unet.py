@@ -64,7 +64,7 @@ class ConvBlock(nn.Module):
   axis_name: str | None = None
 
   @nn.compact
-  def __call__(self, x: Array, *, train: bool) -> Array:
+  def __call__(self, x: Array, train: bool) -> Array:
     """Applies the block; `train` uses and updates batch statistics."""
     conv = functools.partial(
       nn.Conv,
@@ -99,6 +99,7 @@ class Up(nn.Module):
     dtype: see `ConvBlock`.
     param_dtype: see `ConvBlock`.
     axis_name: see `ConvBlock`.
+    remat: see `UNet`.
   """
 
   features: int
@@ -106,6 +107,7 @@ class Up(nn.Module):
   dtype: Dtype | None = None
   param_dtype: Dtype = jnp.float32
   axis_name: str | None = None
+  remat: bool = False
 
   @nn.compact
   def __call__(self, deeper: Array, skip: Array, *, train: bool) -> Array:
@@ -130,8 +132,12 @@ class Up(nn.Module):
     missing = [skip.shape[axis] - deeper.shape[axis] for axis in (1, 2)]
     padding = [(0, 0), *((m // 2, m - m // 2) for m in missing), (0, 0)]
     x = jnp.concatenate([skip, jnp.pad(deeper, padding)], axis=-1)
-    block = ConvBlock(self.features, middle, self.dtype, self.param_dtype, self.axis_name, name="block")
-    return block(x, train=train)
+    block_class = _block_class(self.remat)
+    return block_class(self.features, middle, self.dtype, self.param_dtype, self.axis_name, name="block")(x, train)
+
+
+def _block_class(remat: bool) -> type[nn.Module]:
+  return nn.remat(ConvBlock, static_argnums=(2,)) if remat else ConvBlock
 
 
 class UNet(nn.Module):
@@ -148,6 +154,7 @@ class UNet(nn.Module):
     dtype: of the computation, e.g. jnp.bfloat16; None follows input and parameters. Logits are at least float32.
     param_dtype: of the parameters.
     axis_name: mapped axis for batch statistics under pmap or shard_map; leave None under jit, where they are global.
+    remat: recompute the insides of each block in the backward pass instead of keeping them: less memory, more time.
   """
 
   num_classes: int
@@ -156,6 +163,7 @@ class UNet(nn.Module):
   dtype: Dtype | None = None
   param_dtype: Dtype = jnp.float32
   axis_name: str | None = None
+  remat: bool = False
 
   @nn.compact
   def __call__(self, images: Array, *, train: bool) -> Array:
@@ -177,14 +185,16 @@ class UNet(nn.Module):
     down_widths = [*self.widths[1:-1], self.widths[-1] * (1 if bilinear else 2)]
     up_widths = [*reversed(self.widths[:-2]), self.widths[0]] if bilinear else list(reversed(self.widths[:-1]))
 
-    x = ConvBlock(self.widths[0], name="stem", **common)(images, train=train)
+    block_class = _block_class(self.remat)
+    x = block_class(self.widths[0], name="stem", **common)(images, train)
     skips = []
     for i, width in enumerate(down_widths, 1):
       skips.append(x)
-      x = ConvBlock(width, name=f"down{i}", **common)(nn.max_pool(x, (2, 2), strides=(2, 2)), train=train)
+      x = block_class(width, name=f"down{i}", **common)(nn.max_pool(x, (2, 2), strides=(2, 2)), train)
       self._sow(f"encoder_{i}", x)
     for i, width in enumerate(up_widths, 1):
-      x = Up(width, self.upsample, name=f"up{i}", **common)(x, skips.pop(), train=train)
+      up = Up(width, self.upsample, remat=self.remat, name=f"up{i}", **common)
+      x = up(x, skips.pop(), train=train)
       self._sow(f"decoder_{i}" if skips else "final", x)
     head = nn.Conv(
       self.num_classes,

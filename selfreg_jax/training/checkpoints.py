@@ -1,9 +1,22 @@
-"""Checkpoints of a workdir with Orbax: the latest and the best, each one unit of state, config and checksums."""
+"""Checkpoints of a workdir with Orbax: the latest and the best, each one unit of state, config and checksums.
+
+A checkpoint is a folder `checkpoints/STEP` that holds the items "variables" (parameters and running statistics), "ema"
+(their moving average, where one is kept), "training" (optimizer state, step, key; the position in the data is the
+step), "config", "dataset" (what prediction must know of the training data, and their fingerprint), "best" (the best
+validation so far) and "checksums" (a CRC-32 per array and document, because Orbax restores flipped bytes without a
+word). It is complete in itself: nothing else in the workdir is needed to use it.
+
+With several processes process 0 writes, which has it all, and every process reads for itself: they need not meet.
+"""
 
 import dataclasses
+import functools
+import json
 import os
 import pathlib
+import shutil
 import zlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,55 +30,219 @@ from orbax.checkpoint import checkpoint_managers
 from selfreg_jax import config as configs
 from selfreg_jax import mesh as meshes
 from selfreg_jax.data.manifest import DatasetInfo, Manifest
-from selfreg_jax.errors import UserError
+from selfreg_jax.errors import FaultError, UserError
 from selfreg_jax.models.factory import abstract_variables, build_model
 from selfreg_jax.training.early_stopping import BestSoFar
 from selfreg_jax.training.step import TrainState
 
 METRIC = "val_dice"
 FOLDER = "checkpoints"
+DAMAGED_FOLDER = "damaged_checkpoints"
+
+# The newest, and the one before it in case the newest turns out to be damaged.
+_LATEST_KEPT = 2
 
 
-class Checkpoints:
-  """The checkpoints of one workdir.
+class SaveError(FaultError):
+  """A checkpoint could not be written; those before it are whole."""
 
-  A checkpoint holds the items "variables" (parameters and running statistics: all that prediction needs), "training"
-  (optimizer state, step, key; the position in the data is the step), "config", "dataset" (what prediction must know of
-  the training data, and their fingerprint), "best" (the best validation so far) and "checksums" (a CRC-32 per array,
-  because Orbax restores flipped bytes without a word). It is complete in itself: nothing else in the workdir is needed
-  to use it.
+
+class DamagedError(UserError):
+  """A checkpoint is not what was saved: files are missing, cut short or changed."""
+
+
+class Checkpoint:
+  """One checkpoint on disk.
+
+  Attributes:
+    path: its folder.
+    step: steps taken when it was saved; 0 for weights that were not trained here.
   """
 
-  def __init__(self, workdir: str | os.PathLike, *, read_only: bool = False):
-    self._directory = pathlib.Path(workdir).absolute() / FOLDER
+  def __init__(self, path: pathlib.Path):
+    self.path = path
+    self.step = int(path.name)
+
+  @property
+  def config(self) -> ml_collections.ConfigDict:
+    """The config that it was trained with."""
+    return configs.from_json(self._documents["config"])
+
+  @property
+  def dataset(self) -> DatasetInfo:
+    """What is known of the dataset that it was trained on."""
+    return DatasetInfo.from_json({k: v for k, v in self._documents["dataset"].items() if k != "fingerprint"})
+
+  @property
+  def fingerprint(self) -> str | None:
+    """Of the dataset; None if it was not trained here."""
+    return self._documents["dataset"]["fingerprint"]
+
+  @property
+  def can_continue(self) -> bool:
+    """Whether training can go on from it: weights that were not trained here have no state of an optimizer."""
+    return self.fingerprint is not None
+
+  @property
+  def best(self) -> BestSoFar:
+    """The best validation of the run up to it."""
+    return BestSoFar(**self._documents["best"])
+
+  @property
+  def val_dice(self) -> float | None:
+    """Mean foreground Dice on the validation cases at this step; None where there was no validation."""
+    return self._documents["metrics"].get(METRIC)
+
+  @functools.cached_property
+  def _checksums(self) -> dict[str, Any]:
+    return self._read_json("checksums")
+
+  @functools.cached_property
+  def _documents(self) -> dict[str, Any]:
+    documents = {name: self._read_json(name) for name in ("config", "dataset", "best", "metrics")}
+    for name, content in documents.items():
+      if self._checksums.get("documents", {}).get(name) != _json_checksum(content):
+        raise DamagedError(f"{self.path / name}: differs from what was saved; the file is damaged")
+    return documents
+
+  def _read_json(self, name: str) -> Any:
+    if name == "metrics" and not (self.path / name).exists():
+      return {}  # Orbax writes none where there was no validation
+    try:
+      return ocp.JsonCheckpointHandler(filename=name if name == "metrics" else None).restore(self.path / name)
+    except Exception as error:  # damage shows in many ways
+      raise DamagedError(f"{self.path / name}: cannot be read; the file is damaged ({_one_line(error)})") from error
+
+  def read(self, abstract_state: TrainState) -> TrainState:
+    """Reads everything, bit for bit, into the host's memory.
+
+    Args:
+      abstract_state: shapes and dtypes of the state.
+
+    Returns:
+      The state as it was saved, in NumPy arrays, its key as raw data; see `place`.
+
+    Raises:
+      DamagedError: some of it is not what was saved.
+    """
+    items = self._restore(_items(abstract_state))
+    return abstract_state.replace(**items["variables"], **items["training"], ema=items.get("ema", {}))
+
+  def restore_variables(self, abstract_variables: dict[str, Any]) -> dict[str, Any]:
+    """Restores what prediction needs: the moving average where one was kept, else the variables; see `read`."""
+    item = "ema" if self.config.train.get("ema_decay", 0) else "variables"
+    sharding = jax.tree.map(lambda leaf: leaf.sharding, abstract_variables)
+    return jax.device_put(self._restore({item: abstract_variables})[item], sharding)
+
+  def _restore(self, abstract_items: dict[str, Any]) -> dict[str, Any]:
+    """Items as NumPy arrays."""
+    restored = {}
+    for name, item in abstract_items.items():
+      abstract = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), item)
+      handler = ocp.StandardCheckpointHandler(multiprocessing_options=_alone())
+      try:
+        restored[name] = handler.restore(self.path / name, args=ocp.args.StandardRestore(abstract))
+      except Exception as error:  # Orbax raises bare and undocumented types for damaged files
+        raise DamagedError(f"{self.path / name}: cannot be restored; it is damaged ({_one_line(error)})") from error
+      wrong = sorted(set(_checksums_of(restored[name]).items()) ^ set(self._checksums.get(name, {}).items()))
+      if wrong:
+        names = ", ".join(sorted(dict(wrong)))
+        raise DamagedError(f"{self.path / name}: the values of {names} differ from what was saved; it is damaged")
+    return restored
+
+  def set_aside(self) -> pathlib.Path:
+    """Moves it out of the way without deleting anything; returns its new place."""
+    folder = self.path.parent.parent / DAMAGED_FOLDER
+    folder.mkdir(exist_ok=True)
+    target, number = folder / self.path.name, 1
+    while target.exists():
+      target, number = folder / f"{self.path.name}.{number}", number + 1
+    return self.path.rename(target)
+
+
+def place(host_state: TrainState, mesh: Mesh) -> TrainState:
+  """A state that `Checkpoint.read` gave, with a copy on every device of a mesh."""
+  state = meshes.replicate(host_state, mesh)
+  wrap = jax.jit(jax.random.wrap_key_data, out_shardings=meshes.replicated(mesh))
+  return state.replace(key=wrap(state.key))
+
+
+def find(workdir: str | os.PathLike) -> list[Checkpoint]:
+  """The complete checkpoints of a workdir, oldest first; a folder that is being written has another name."""
+  folder = pathlib.Path(workdir).absolute() / FOLDER
+  names = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+  return sorted(map(Checkpoint, names), key=lambda checkpoint: checkpoint.step)
+
+
+def best_of(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
+  """The checkpoint with the best validation Dice, the later one of equals; the newest where none was validated."""
+  validated = [checkpoint for checkpoint in checkpoints if checkpoint.val_dice is not None]
+  return max(validated or checkpoints, key=lambda checkpoint: (checkpoint.val_dice or 0, checkpoint.step))
+
+
+def latest_whole(
+  workdir: str | os.PathLike, use: Callable[[Checkpoint], Any], say: Callable[[str], None]
+) -> Any | None:
+  """What can be made of the newest checkpoint that is whole; damaged ones that are newer are set aside.
+
+  Args:
+    workdir: the folder.
+    use: what is made of a checkpoint; raises DamagedError where it cannot be.
+    say: told of every checkpoint that is set aside.
+
+  Returns:
+    What `use` returned; None where there is no checkpoint.
+
+  Raises:
+    DamagedError: there are checkpoints, but none is whole; they stay where they are.
+  """
+  damaged: list[tuple[Checkpoint, DamagedError]] = []
+  for checkpoint in reversed(find(workdir)):
+    try:
+      result = use(checkpoint)
+    except DamagedError as error:
+      damaged.append((checkpoint, error))
+      continue
+    for bad, error in damaged:
+      say(f"damaged  {error}\n         set aside as {bad.set_aside()}; going on from step {checkpoint.step}")
+    return result
+  if damaged:
+    raise DamagedError(
+      f"{workdir}: none of the {len(damaged)} checkpoint(s) is whole; restore them from a copy, or give another "
+      "--workdir to start anew:\n  " + "\n  ".join(str(error) for _, error in damaged)
+    )
+  return None
+
+
+class CheckpointWriter:
+  """Writes checkpoints in the background; the latest two and the best one are kept.
+
+  In other processes than the first it does nothing.
+  """
+
+  def __init__(self, workdir: str | os.PathLike):
+    self._workdir = pathlib.Path(workdir).absolute()
+    self._writes = jax.process_index() == 0
+    self._saving: int | None = None
+    self._manager = self._open() if self._writes else None
+
+  def _open(self) -> ocp.CheckpointManager:
     policy = checkpoint_managers.AnyPreservationPolicy(
       [
-        checkpoint_managers.LatestN(1),
+        checkpoint_managers.LatestN(_LATEST_KEPT),
         checkpoint_managers.BestN(get_metric_fn=_metric, n=1, keep_checkpoints_without_metrics=False),
       ]
     )
     options = ocp.CheckpointManagerOptions(
       preservation_policy=policy,
       best_fn=_metric,
-      cleanup_tmp_directories=not read_only,
-      read_only=read_only,
-      create=not read_only,
+      cleanup_tmp_directories=True,
+      multiprocessing_options=_alone(),
+      # Orbax creates the folder for all processes together, and asks for it to be there where only one takes part.
+      create=jax.process_count() == 1,
     )
-    self._manager = ocp.CheckpointManager(self._directory, options=options)
-
-  def latest_step(self) -> int | None:
-    """Step of the newest checkpoint; None if there is none."""
-    return self._manager.latest_step()
-
-  def best_step(self) -> int | None:
-    """Step of the checkpoint with the best validation Dice; the newest one where none was validated."""
-    best = self._manager.best_step()
-    return self.latest_step() if best is None else best
-
-  def metric(self, step: int) -> float | None:
-    """Mean foreground Dice on the validation cases at a step; None where there was no validation."""
-    metrics = self._manager.metrics(step)
-    return None if metrics is None else _metric(metrics)
+    (self._workdir / FOLDER).mkdir(exist_ok=True)
+    return ocp.CheckpointManager(self._workdir / FOLDER, options=options)
 
   def save(
     self,
@@ -76,7 +253,7 @@ class Checkpoints:
     val_dice: float | None = None,
     best: BestSoFar,
   ) -> None:
-    """Saves in the background; only the latest and the best checkpoint are kept.
+    """Saves in the background; `settle` says whether it worked.
 
     Args:
       state: to save; its step names the checkpoint.
@@ -84,10 +261,14 @@ class Checkpoints:
       manifest: of the prepared dataset.
       val_dice: mean foreground Dice on the validation cases, if validated.
       best: the best validation so far, this one included.
+
+    Raises:
+      SaveError: it could not be begun.
     """
-    metrics = None if val_dice is None else {METRIC: val_dice}
-    dataset, fingerprint = DatasetInfo.of(manifest), manifest.fingerprint()
-    self._save(int(state.step), _items(state), config, dataset, fingerprint, metrics, best)
+    if self._writes:
+      metrics = {} if val_dice is None else {METRIC: val_dice}
+      dataset = {**dataclasses.asdict(DatasetInfo.of(manifest)), "fingerprint": manifest.fingerprint()}
+      self._save(int(state.step), _items(state), config, dataset, metrics, best)
 
   def save_weights(self, variables: dict[str, Any], config: ml_collections.ConfigDict, dataset: DatasetInfo) -> None:
     """Saves weights that were not trained here, as step 0: enough to predict with or start from, not to continue.
@@ -96,101 +277,78 @@ class Checkpoints:
       variables: {"params": ..., "batch_stats": ...}.
       config: with the network and the image size that they belong to.
       dataset: what prediction must know of the data that they were trained on.
-    """
-    self._save(0, {"variables": variables}, config, dataset, fingerprint=None, metrics=None, best=BestSoFar())
 
-  def can_continue(self, step: int) -> bool:
-    """Whether training can go on from a checkpoint: one of `save_weights` has no state of an optimizer."""
-    return self.dataset(step)[1] is not None
+    Raises:
+      SaveError: it could not be begun.
+    """
+    content = {**dataclasses.asdict(dataset), "fingerprint": None}
+    self._save(0, {"variables": variables}, config, content, metrics={}, best=BestSoFar())
 
   def _save(
     self,
     step: int,
     items: dict[str, Any],
     config: ml_collections.ConfigDict,
-    dataset: DatasetInfo,
-    fingerprint: str | None,
-    metrics: dict[str, float] | None,
+    dataset: dict[str, Any],
+    metrics: dict[str, float],
     best: BestSoFar,
   ) -> None:
+    documents = {"config": configs.to_json(config), "dataset": dataset, "best": best.to_json()}
+    # A copy on the host: the arrays on the devices are given away to the next step while this is being written.
+    items = jax.tree.map(lambda leaf: np.array(leaf), items)
+    checksums = {name: _checksums_of(item) for name, item in items.items()}
+    checksums["documents"] = {
+      name: _json_checksum(content) for name, content in (documents | {"metrics": metrics}).items()
+    }
     arguments = {name: ocp.args.StandardSave(item) for name, item in items.items()}
-    arguments["config"] = ocp.args.JsonSave(configs.to_json(config))
-    arguments["dataset"] = ocp.args.JsonSave({**dataclasses.asdict(dataset), "fingerprint": fingerprint})
-    arguments["best"] = ocp.args.JsonSave(best.to_json())
-    arguments["checksums"] = ocp.args.JsonSave({name: _checksums(item) for name, item in items.items()})
-    if not self._manager.save(step, args=ocp.args.Composite(**arguments), metrics=metrics):
-      raise RuntimeError(f"Orbax refused to save step {step}: the newest checkpoint is {self.latest_step()}")
+    arguments |= {name: ocp.args.JsonSave(content) for name, content in documents.items()}
+    arguments["checksums"] = ocp.args.JsonSave(checksums)
+    self._saving = step
+    try:
+      if step in self._manager.all_steps():
+        self._manager.delete(step)  # saved by an interrupted run before it was validated
+      saved = self._manager.save(step, args=ocp.args.Composite(**arguments), metrics=metrics or None)
+    except Exception as error:  # of the file system, through several layers
+      raise self._failure(error) from error
+    if not saved:
+      raise RuntimeError(f"Orbax refused to save step {step}: the newest checkpoint is {self._manager.latest_step()}")
 
-  def config(self, step: int) -> ml_collections.ConfigDict:
-    """The config that a checkpoint was trained with."""
-    return configs.from_json(self._read(step, "config"))
-
-  def dataset(self, step: int) -> tuple[DatasetInfo, str | None]:
-    """What is known of the dataset that a checkpoint was trained on, and its fingerprint; None if not trained here."""
-    content = dict(self._read(step, "dataset"))
-    fingerprint = content.pop("fingerprint")
-    return DatasetInfo.from_json(content), fingerprint
-
-  def best_so_far(self, step: int) -> BestSoFar:
-    """The best validation of the run up to a checkpoint."""
-    return BestSoFar(**self._read(step, "best"))
-
-  def restore(self, step: int, abstract_state: TrainState) -> TrainState:
-    """Restores everything, bit for bit.
-
-    Args:
-      step: of the checkpoint.
-      abstract_state: shapes, dtypes and shardings of the state.
-
-    Returns:
-      The state as it was saved.
+  def settle(self) -> None:
+    """Waits until everything is on disk; does nothing where nothing is being written.
 
     Raises:
-      UserError: the checkpoint is damaged or of another network.
+      SaveError: the checkpoint that was being written could not be.
     """
-    items = self._restore(step, _items(abstract_state))
-    return abstract_state.replace(**items["variables"], **items["training"])
+    if self._manager is None:
+      return
+    try:
+      self._manager.wait_until_finished()
+    except Exception as error:  # of the file system, through several layers
+      raise self._failure(error) from error
 
-  def restore_variables(self, step: int, abstract_variables: dict[str, Any]) -> dict[str, Any]:
-    """Restores parameters and running statistics only; see `restore`."""
-    return self._restore(step, {"variables": abstract_variables})["variables"]
+  def _failure(self, error: Exception) -> SaveError:
+    """What to say of a failed save; the writer is then as new, and nothing half-written is left."""
+    for path in (self._workdir / FOLDER).iterdir():
+      if not path.name.isdigit():
+        shutil.rmtree(path, ignore_errors=True)
+    self._manager = self._open()
+    whole = self._manager.latest_step()
+    before = "there is none before it" if whole is None else f"that of step {whole} is intact"
+    return SaveError(
+      f"{self._workdir / FOLDER}: the checkpoint of step {self._saving} could not be written ({_reason(error)}); "
+      f"{before}. Make room and run the same command again; --config.on_save_error=continue goes on without it"
+    )
 
-  def wait(self) -> None:
-    """Blocks until everything is on disk."""
-    self._manager.wait_until_finished()
-
-  def __enter__(self) -> "Checkpoints":
+  def __enter__(self) -> "CheckpointWriter":
     return self
 
   def __exit__(self, *exception) -> None:
     # Waits for what is being written, also when the run ends in an error: a checkpoint taken is a checkpoint kept.
-    self._manager.close()
-
-  def _read(self, step: int, item: str) -> dict[str, Any]:
-    return self._restore_items(step, {item: ocp.args.JsonRestore()})[item]
-
-  def _restore_items(self, step: int, args: dict[str, Any]) -> Any:
-    try:
-      return self._manager.restore(step, args=ocp.args.Composite(**args))
-    except Exception as error:  # Orbax raises bare and undocumented types for damaged files and for other networks
-      reason = (str(error).splitlines() or [type(error).__name__])[0]
-      others = [other for other in self._manager.all_steps() if other != step]
-      hint = f"; remove the folder to go on from step {max(others)}" if others else ""
-      raise UserError(
-        f"{self._directory / str(step)}: cannot be restored; it is damaged or of another network ({reason}){hint}"
-      ) from error
-
-  def _restore(self, step: int, abstract_items: dict[str, Any]) -> dict[str, Any]:
-    path = self._directory / str(step)
-    expected = self._read(step, "checksums")
-    restored = self._restore_items(step, {n: ocp.args.StandardRestore(item) for n, item in abstract_items.items()})
-    items = {name: restored[name] for name in abstract_items}
-    for name, item in items.items():
-      damaged = sorted(set(_checksums(item).items()) ^ set(expected[name].items()))
-      if damaged:
-        names = ", ".join(dict(damaged))
-        raise UserError(f"{path}: the values of {names} differ from what was saved; the file is damaged")
-    return items
+    if self._manager is not None:
+      try:
+        self.settle()
+      finally:
+        self._manager.close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,18 +389,38 @@ def load_trained(workdir: str | os.PathLike, *, checkpoint: str = "best") -> Tra
   """
   if checkpoint not in ("best", "latest"):
     raise ValueError(f"checkpoint must be 'best' or 'latest', got {checkpoint!r}")
-  if not pathlib.Path(workdir, FOLDER).is_dir():
-    raise UserError(f"{workdir}: not the workdir of a training run (it has no folder {FOLDER})")
-  with Checkpoints(workdir, read_only=True) as checkpoints:
-    step = checkpoints.best_step() if checkpoint == "best" else checkpoints.latest_step()
-    if step is None:
-      raise UserError(f"{workdir}: no checkpoint yet; train.py writes the first one at its first validation")
-    config, (dataset, _) = checkpoints.config(step), checkpoints.dataset(step)
+  chosen = choose(workdir, checkpoint)
+  try:
+    config, dataset = chosen.config, chosen.dataset
     model = build_model(config.model, len(dataset.classes))
     mesh = meshes.make_mesh(jax.local_devices())
     abstract = meshes.replicated_like(abstract_variables(model, config.data.image_size, dataset.channels), mesh)
-    variables = checkpoints.restore_variables(step, abstract)
-    return Trained(config, dataset, model, variables, mesh=mesh, step=step, val_dice=checkpoints.metric(step))
+    variables = chosen.restore_variables(abstract)
+  except DamagedError as error:
+    others = [str(other.step) for other in find(workdir) if other.step != chosen.step]
+    hint = f" (there are also those of step {', '.join(others)}: see --checkpoint)" if others else ""
+    raise DamagedError(f"{error}{hint}") from error
+  return Trained(config, dataset, model, variables, mesh=mesh, step=chosen.step, val_dice=chosen.val_dice)
+
+
+def choose(workdir: str | os.PathLike, checkpoint: str) -> Checkpoint:
+  """The "best" or the "latest" checkpoint of a workdir; raises UserError where there is none."""
+  if not pathlib.Path(workdir, FOLDER).is_dir():
+    raise UserError(f"{workdir}: not the workdir of a training run (it has no folder {FOLDER})")
+  found = find(workdir)
+  if not found:
+    raise UserError(f"{workdir}: no checkpoint yet; train.py writes the first one at its first validation")
+  return best_of(found) if checkpoint == "best" else found[-1]
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+  """Orbax as if this process were the only one."""
+  if jax.process_count() == 1:
+    return ocp.options.MultiprocessingOptions()
+  own = jax.process_index()
+  return ocp.options.MultiprocessingOptions(
+    primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process{own}"
+  )
 
 
 def _metric(metrics: Any) -> float:
@@ -250,20 +428,46 @@ def _metric(metrics: Any) -> float:
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-  return {
-    "variables": {"params": state.params, "batch_stats": state.batch_stats},
+  key_data = jax.eval_shape(jax.random.key_data, state.key)
+  if not isinstance(state.key, jax.ShapeDtypeStruct):
+    key_data = jax.random.key_data(state.key)
+  items = {
+    "variables": state.variables,
     "training": {
       "step": state.step,
+      "updates": state.updates,
       "opt_state": state.opt_state,
-      "key": state.key,
+      "key": key_data,
+      "skips": state.skips,
       "nonfinite_step": state.nonfinite_step,
     },
   }
+  return items | ({"ema": state.ema} if state.ema else {})
 
 
-def _checksums(tree: Any) -> dict[str, str]:
-  def checksum(leaf: jax.Array) -> str:
-    data = jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
-    return f"{zlib.crc32(np.ascontiguousarray(jax.device_get(data))):08x}"
+def _checksums_of(tree: Any) -> dict[str, str]:
+  return {
+    jax.tree_util.keystr(path): f"{zlib.crc32(np.ascontiguousarray(leaf)):08x}"
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
 
-  return {jax.tree_util.keystr(path): checksum(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+def _json_checksum(content: Any) -> str:
+  return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
+
+
+def _reason(error: BaseException) -> str:
+  """The operating system's words where they can be found in an error of Orbax or TensorStore, else its first line."""
+  found: BaseException | None = error
+  while found is not None:
+    if isinstance(found, OSError) and found.strerror:
+      return found.strerror
+    for words in ("No space left on device", "Disk quota exceeded", "File too large", "Read-only file system"):
+      if words in str(found):
+        return words
+    found = found.__cause__ or found.__context__
+  return _one_line(error)
+
+
+def _one_line(error: BaseException) -> str:
+  return " ".join(str(error).split())[:300] or type(error).__name__

@@ -11,13 +11,16 @@ class BestSoFar:
   Attributes:
     dice: mean foreground Dice of the best validation; None before the first one that scored anything.
     step: at which it was reached; 0 before.
+    validated: step of the last validation, whatever it gave; 0 before the first one.
   """
 
   dice: float | None = None
   step: int = 0
+  validated: int = 0
 
   def update(self, dice: float | None, step: int) -> None:
     """Takes note of a validation; only a better Dice counts, not an equal one."""
+    self.validated = step
     if dice is not None and (self.dice is None or dice > self.dice):
       self.dice, self.step = dice, step
 

@@ -15,7 +15,7 @@ from selfreg_jax.data.manifest import DatasetInfo, Intensity
 from selfreg_jax.errors import UserError
 from selfreg_jax.models import pytorch, weight_files
 from selfreg_jax.models.factory import build_model
-from selfreg_jax.training.checkpoints import Checkpoints, Trained, load_trained
+from selfreg_jax.training.checkpoints import CheckpointWriter, Trained, find, load_trained
 
 
 def write_workdir(
@@ -56,11 +56,11 @@ def write_workdir(
     )
   pytorch.check_complete(conversion, model)
   config.init_from = os.path.abspath(source)
-  with workdirs.hold(workdir) as folder, Checkpoints(folder) as checkpoints:
-    if checkpoints.latest_step() is not None:
+  with workdirs.hold(workdir) as folder:
+    if find(folder):
       raise UserError(f"{folder}: holds checkpoints already; give another folder")
-    checkpoints.save_weights(conversion.variables(), config, dataset)
-    checkpoints.wait()
+    with CheckpointWriter(folder) as writer:
+      writer.save_weights(conversion.variables(), config, dataset)
     workdirs.write_config(folder, config)
   return [
     *report_lines(source, conversion),

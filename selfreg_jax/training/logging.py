@@ -1,18 +1,21 @@
 """What a run tells: a live bar or plain lines, `train.log`, `metrics.jsonl`, TensorBoard events, curves and panels."""
 
+import contextlib
 import json
 import os
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import tensorboardX
 from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
 
 METRICS_FILE = "metrics.jsonl"
 LOG_FILE = "train.log"
@@ -23,33 +26,45 @@ _MOST_LEGEND_ENTRIES = 17  # more would hide the curves
 
 
 class TensorBoardWriter:
-  """TensorBoard event files without TensorFlow, with the method names of clu's writers."""
+  """TensorBoard event files without TensorFlow, with the method names of clu's writers.
+
+  Every event is written at once, by the caller: the queue and the thread of tensorboardX's own writer hang for ever
+  when the disk is full.
+  """
 
   def __init__(self, directory: str | os.PathLike, *, purge_step: int | None = None):
-    self._writer = tensorboardX.SummaryWriter(os.fspath(directory), purge_step=purge_step)
+    pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
+    self._events = EventsWriter(os.path.join(directory, "events"))
+    if purge_step is not None:  # what was shown of later steps belongs to an interrupted run
+      self._events.write_event(event_pb2.Event(step=purge_step, file_version="brain.Event:2"))
+      started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+      self._events.write_event(event_pb2.Event(step=purge_step, session_log=started))
+
+  def _write(self, step: int, content: Any) -> None:
+    self._events.write_event(event_pb2.Event(wall_time=time.time(), step=step, summary=content))
 
   def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
     """Writes named numbers."""
     for name, value in scalars.items():
-      self._writer.add_scalar(name.replace(" ", "_"), value, step)  # TensorBoard allows no spaces
+      self._write(step, summary.scalar(name.replace(" ", "_"), value))  # TensorBoard allows no spaces
 
   def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
     """Writes named (H, W, 3) uint8 pictures."""
     for name, image in images.items():
-      self._writer.add_image(name, image, step, dataformats="HWC")
+      self._write(step, summary.image(name, image, dataformats="HWC"))
 
   def write_hparams(self, hparams: Mapping[str, Any]) -> None:
     """Writes the config as a table."""
     rows = "\n".join(f"| {name} | {value} |" for name, value in hparams.items())
-    self._writer.add_text("config", f"| field | value |\n|---|---|\n{rows}", 0)
+    self._write(0, summary.text("config", f"| field | value |\n|---|---|\n{rows}"))
 
   def flush(self) -> None:
     """Writes out what is buffered."""
-    self._writer.flush()
+    self._events.flush()
 
   def close(self) -> None:
     """Flushes and closes the file."""
-    self._writer.close()
+    self._events.close()
 
 
 class RunLogger:
@@ -67,6 +82,7 @@ class RunLogger:
     _drop_lines_after(self.workdir / METRICS_FILE, start_step)
     self._metrics = (self.workdir / METRICS_FILE).open("a")
     self._board = TensorBoardWriter(self.workdir / "tensorboard", purge_step=start_step + 1 if start_step else None)
+    self._warned = False
     self._last_sign = time.monotonic()
     self._progress = Progress(
       TextColumn("{task.description}"),
@@ -89,7 +105,21 @@ class RunLogger:
   def __exit__(self, *exception) -> None:
     self._progress.stop()
     for stream in (self._log, self._metrics, self._board):
-      stream.close()
+      with self._tolerated():
+        stream.close()
+
+  @contextlib.contextmanager
+  def _tolerated(self) -> Iterator[None]:
+    """A journal that cannot be written (a full disk) is told once on the screen and stops no run: checkpoints do."""
+    try:
+      yield
+    except OSError as error:
+      if not self._warned:
+        self._warned = True
+        self.console.print(
+          f"warning  {self.workdir}: logs, curves and panels cannot be written ({error.strerror}); training goes on",
+          markup=False,
+        )
 
   def say(self, text: str) -> None:
     """A line on the screen and in `train.log`."""
@@ -99,8 +129,9 @@ class RunLogger:
 
   def note(self, text: str) -> None:
     """A line in `train.log` only."""
-    self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-    self._log.flush()
+    with self._tolerated():
+      self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+      self._log.flush()
 
   def advance(self, step: int) -> None:
     """Moves the bar to a step."""
@@ -119,31 +150,60 @@ class RunLogger:
 
   def scalars(self, step: int, scalars: Mapping[str, float], line: str) -> None:
     """Records named numbers of a step, and says them in a line."""
-    self._metrics.write(json.dumps({"step": step, **{name: _json(value) for name, value in scalars.items()}}) + "\n")
-    self._metrics.flush()
-    self._board.write_scalars(step, scalars)
-    self._board.flush()
+    with self._tolerated():
+      self._metrics.write(json.dumps({"step": step, **{name: _json(value) for name, value in scalars.items()}}) + "\n")
+      self._metrics.flush()
+      self._board.write_scalars(step, scalars)
+      self._board.flush()
     self.say(line)
 
   def panel(self, step: int, picture: np.ndarray) -> None:
     """Writes an (H, W, 3) uint8 picture to `panels/` and to TensorBoard."""
     folder = self.workdir / PANELS_FOLDER
-    folder.mkdir(exist_ok=True)
-    Image.fromarray(picture).save(folder / f"step_{step:07d}.png")
-    self._board.write_images(step, {"validation": picture})
+    with self._tolerated():
+      folder.mkdir(exist_ok=True)
+      Image.fromarray(picture).save(folder / f"step_{step:07d}.png")
+      self._board.write_images(step, {"validation": picture})
 
   def hparams(self, hparams: Mapping[str, Any]) -> None:
     """Writes the config to TensorBoard."""
-    self._board.write_hparams(hparams)
+    with self._tolerated():
+      self._board.write_hparams(hparams)
 
-  def curves(self) -> pathlib.Path:
+  def arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> pathlib.Path:
+    """Writes named arrays as an .npz file for inspection; returns its path."""
+    path = self.workdir / name
+    with self._tolerated():
+      temporary = path.with_name(f"partial.{name}")
+      np.savez(temporary, **arrays)
+      temporary.replace(path)
+    return path
+
+  def curves(self) -> None:
     """Draws `curves.png` from `metrics.jsonl`: losses, regularization terms, learning rate, validation Dice."""
     path = self.workdir / CURVES_FILE
-    lines = [json.loads(line) for line in (self.workdir / METRICS_FILE).read_text().splitlines()]
     temporary = path.with_name("curves.partial.png")
-    draw_curves(lines).savefig(temporary, dpi=110)
-    temporary.replace(path)
-    return path
+    with self._tolerated():
+      draw_curves(_read_lines(self.workdir / METRICS_FILE)).savefig(temporary, dpi=110)
+      temporary.replace(path)
+
+
+class SilentLogger:
+  """What the other processes of a run have for a `RunLogger`: the first one speaks for all."""
+
+  def __init__(self, workdir: str | os.PathLike, *, start_step: int, steps: int):
+    del workdir, start_step, steps
+
+  def __enter__(self) -> "SilentLogger":
+    return self
+
+  def __exit__(self, *exception) -> None:
+    pass
+
+  def _nothing(self, *arguments: Any, **named: Any) -> None:
+    del arguments, named
+
+  say = note = advance = alive = scalars = panel = hparams = curves = _nothing
 
 
 def draw_curves(lines: list[dict[str, Any]]) -> Figure:
@@ -191,17 +251,19 @@ def _json(value: float) -> float | None:
   return float(value) if np.isfinite(value) else None
 
 
+def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The objects of a file of JSON lines; a line that was cut by a kill or a full disk is left out."""
+  found = []
+  for line in path.read_text().splitlines():
+    with contextlib.suppress(ValueError):
+      found.append(json.loads(line))
+  return found
+
+
 def _drop_lines_after(path: pathlib.Path, step: int) -> None:
   """Forgets what an interrupted run recorded beyond its last checkpoint: those steps are taken again."""
   if not path.exists():
     return
-  kept = []
-  for line in path.read_text().splitlines():
-    try:
-      if json.loads(line)["step"] <= step:
-        kept.append(line + "\n")
-    except ValueError:  # the last line of a killed process may be cut
-      continue
   temporary = path.with_name(path.name + ".partial")
-  temporary.write_text("".join(kept))
+  temporary.write_text("".join(json.dumps(line) + "\n" for line in _read_lines(path) if line["step"] <= step))
   temporary.replace(path)

@@ -1,12 +1,14 @@
 """The training loop: evaluate, save, take the next batch, step."""
 
+import contextlib
+import dataclasses
 import functools
 import math
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import jax
 import ml_collections
@@ -17,31 +19,103 @@ from jax.sharding import Mesh
 
 from selfreg_jax import config as configs
 from selfreg_jax import mesh as meshes
+from selfreg_jax import processes
 from selfreg_jax import workdir as workdirs
 from selfreg_jax.data import augment, pipeline, published
 from selfreg_jax.data import manifest as manifests
-from selfreg_jax.data.manifest import Case, DatasetInfo, Manifest
-from selfreg_jax.errors import UserError
-from selfreg_jax.evaluation import metrics as volume_metrics
-from selfreg_jax.evaluation import protocols, report
-from selfreg_jax.evaluation.inference import SlicePredictor, make_apply
+from selfreg_jax.data.manifest import DatasetInfo, Manifest
+from selfreg_jax.errors import FaultError, UserError
+from selfreg_jax.evaluation.inference import make_apply
 from selfreg_jax.models.factory import build_model, initial_variables
+from selfreg_jax.training import checkpoints, warm_start
 from selfreg_jax.training import optimizer as optimizers
-from selfreg_jax.training import warm_start
-from selfreg_jax.training.checkpoints import FOLDER, Checkpoints
+from selfreg_jax.training.checkpoints import Checkpoint, CheckpointWriter, SaveError
 from selfreg_jax.training.early_stopping import BestSoFar
-from selfreg_jax.training.logging import RunLogger
+from selfreg_jax.training.feed import Feed
+from selfreg_jax.training.logging import RunLogger, SilentLogger
 from selfreg_jax.training.signals import TrainingInterruptedError, stop_requests
-from selfreg_jax.training.step import NO_STEP, Batch, TrainState, create_state, make_loss, make_train_step, named_key
+from selfreg_jax.training.step import (
+  NO_STEP,
+  Batch,
+  InputFn,
+  TrainState,
+  create_state,
+  make_loss,
+  make_train_step,
+  named_key,
+)
+from selfreg_jax.training.validation import Validation, ValidationInterruptedError
 
-_PANEL_SLICES = 4
-_PANEL_WIDTH = 900  # pixels that small slices are enlarged to
-_FIXED_BY_CHECKPOINT = (*(f"config.model.{name}:" for name in configs.WEIGHT_SHAPING), "config.optimizer.name:")
+_FIXED_BY_CHECKPOINT = (
+  *(f"config.model.{name}:" for name in configs.WEIGHT_SHAPING),
+  "config.optimizer.name:",
+  "config.train.ema_decay:",
+)
 _STEPS_IN_FLIGHT = 2
 
 
-class TrainingDivergedError(Exception):
+class TrainingDivergedError(FaultError):
   """The loss or its gradient became NaN or infinite; the message says when, where and with which cases."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+  """A run as its config and its data describe it, checked before any compute.
+
+  Attributes:
+    config: of the run, its paths absolute.
+    manifest: of the dataset, as the run's fold sees it.
+    mesh: the devices, of all processes.
+    dataset: the training slices.
+    sampling: how batches are drawn from them.
+    steps: of the whole run.
+    steps_per_epoch: ceil(slices / batch size).
+    validate_every: steps between validations.
+    patience: steps without a better validation after which to stop; 0: never.
+  """
+
+  config: ml_collections.ConfigDict
+  manifest: Manifest
+  mesh: Mesh
+  dataset: pipeline.SliceDataset
+  sampling: pipeline.Sampling
+  steps: int
+  steps_per_epoch: int
+  validate_every: int
+  patience: int
+
+  def validates_at(self, step: int) -> bool:
+    """Whether there is a validation after so many steps."""
+    return step % self.validate_every == 0 or step == self.steps
+
+  def stream(self, *, whole: bool = False) -> Any:
+    """This process's part of every global batch, or the whole of it."""
+    share = {} if whole else {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    return pipeline.batches(self.dataset, self.sampling, **share)
+
+  def case_names(self, step: int) -> str:
+    """The slices of a step's batch; nothing of them is read."""
+    records = pipeline.records(self.dataset, self.sampling)
+    first = step * self.sampling.batch_size
+    located = [self.dataset.locate(int(records[first + place])) for place in range(self.sampling.batch_size)]
+    return ", ".join(sorted({f"{case.id} slice {index}" for case, index in located}))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Resumed:
+  """Where a run goes on from.
+
+  Attributes:
+    step: steps taken so far.
+    state: in the host's memory; see `checkpoints.place`.
+    best: the best validation so far.
+    init_from: what the run began with.
+  """
+
+  step: int
+  state: TrainState
+  best: BestSoFar
+  init_from: str
 
 
 def train_and_evaluate(
@@ -52,6 +126,9 @@ def train_and_evaluate(
   override: bool = False,
 ) -> TrainState:
   """Trains as a config says, or continues the run in a workdir.
+
+  With several processes (`selfreg_jax.processes.start`) each calls this with the same arguments, and they share one
+  workdir.
 
   Args:
     config: see `selfreg_jax.config.base_config`.
@@ -67,116 +144,267 @@ def train_and_evaluate(
     UserError: the config, the data or the workdir cannot be used.
     TrainingDivergedError: the loss became NaN or infinite.
     TrainingInterruptedError: SIGTERM or SIGINT came; the last step is finished and saved.
+    FaultError: data could not be read, a checkpoint not written, or another process was lost.
   """
   # 1. Everything that can be wrong, before any compute.
+  with processes.together():
+    plan = make_plan(config, workdir, devices)
+  config, mesh, manifest = plan.config, plan.mesh, plan.manifest
+
+  with contextlib.ExitStack() as stack:
+    with processes.together():
+      folder = stack.enter_context(workdirs.hold(workdir) if processes.is_first() else workdirs.share(workdir))
+
+    # 2. Network, optimizer, state: initialized under jit, where they will live.
+    model = build_model(config.model, manifest.num_classes)
+    schedule = optimizers.make_schedule(config.optimizer, plan.steps, plan.steps_per_epoch)
+    optimizer = optimizers.make_optimizer(config.optimizer, schedule)
+    new_state = functools.partial(create_state, optimizer=optimizer, ema=config.train.ema_decay > 0)
+
+    def initial_state() -> TrainState:
+      key = jax.random.key(config.seed)
+      variables = initial_variables(model, named_key(key, "init"), config.data.image_size, manifest.channels)
+      return new_state(variables, key=key)
+
+    # 3. A checkpoint, if there is one; else given weights, if there are any; else random ones.
+    notes: list[str] = []
+    resumed = resume(folder, plan, jax.eval_shape(initial_state), notes.append, override=override)
+    if resumed:
+      state = checkpoints.place(resumed.state, mesh)
+      config.init_from = resumed.init_from  # where the run began, wherever these weights are now
+    elif config.init_from:
+      with processes.together():
+        variables, origin = warm_start.load(
+          config.init_from,
+          model,
+          DatasetInfo.of(manifest),
+          config.data.image_size,
+          named_key(jax.random.key(config.seed), "init"),
+        )
+      notes += origin
+      given = meshes.replicate(jax.device_get(variables), mesh)
+      begin = jax.jit(
+        lambda variables: new_state(variables, key=jax.random.key(config.seed)), out_shardings=meshes.replicated(mesh)
+      )
+      state = begin(given)
+    else:
+      state = jax.jit(initial_state, out_shardings=meshes.replicated(mesh))()
+    start_step, best = (resumed.step, resumed.best) if resumed else (0, BestSoFar())
+
+    tables = meshes.replicate(augment.ResizeTables.build(plan.dataset.shapes, config.data.image_size), mesh)
+    input_fn = make_input_fn(config, manifest)
+    train_step = meshes.jit_for(
+      mesh,
+      make_train_step(
+        model,
+        make_loss(config.loss),
+        optimizer,
+        input_fn=input_fn,
+        accumulate=config.train.accumulate,
+        ema_decay=config.train.ema_decay,
+        most_skips=config.train.most_skips if config.train.on_nonfinite == "skip" else 0,
+      ),
+      donate_argnums=0,
+      out_shardings=meshes.replicated(mesh),
+    )
+    validation = Validation(config, manifest, make_apply(model), mesh)
+    vote = processes.StopVote(mesh)
+    with processes.together():
+      writer = stack.enter_context(CheckpointWriter(folder))
+      if processes.is_first():
+        workdirs.write_config(folder, config)  # only now: a checkpoint that does not fit must leave it as it was
+
+    # 4. The loop.
+    make_logger = RunLogger if processes.is_first() else SilentLogger
+    logger = stack.enter_context(make_logger(folder, start_step=start_step, steps=plan.steps))
+    introduce(logger, state, plan, start_step)
+    for line in notes:
+      logger.say(line)
+    saver = Saver(writer, logger, config, manifest)
+    stop = stack.enter_context(stop_requests())
+    feed = stack.enter_context(
+      Feed(
+        pipeline.iterate(plan.stream(), start_step, threads=config.data.threads, prefetch=config.data.prefetch),
+        functools.partial(meshes.place_batch, mesh=mesh),
+        start_step=start_step,
+        timeout=config.data.timeout,
+        describe=plan.case_names,
+      )
+    )
+    stack.enter_context(_peers())
+    accumulator = MetricAccumulator(config.data.batch_size, feed)
+    explain = functools.partial(explain_failure, plan, input_fn)
+
+    def validate(done: int) -> None:
+      """Validates and saves; raises ValidationInterruptedError where the run is to stop first."""
+      val_dice = validation.run(logger, state, done, stop=lambda: bool(stop))
+      best.update(val_dice, done)
+      saver.save(state, best, val_dice)
+
+    def leave(done: int, *, saved: bool) -> NoReturn:
+      if not saved:
+        saver.save(state, best, None)
+      saver.finish()
+      who = stop.signal_name or "a signal to another process"
+      message = f"stopped by {who} after step {done}, which is saved; the same command continues"
+      logger.note(message)
+      raise TrainingInterruptedError(message)
+
+    try:
+      done = start_step
+      if start_step and best.validated < start_step and plan.validates_at(start_step):
+        validate(start_step)  # which the run was stopped before
+      while done < plan.steps:
+        # Asked where a validation has been, so that a run stops at the same step whether or not it was interrupted.
+        if done % plan.validate_every == 0 and best.is_stale(done, plan.patience):
+          logger.say(f"stopped  early: no better validation Dice for {config.train.patience} epochs")
+          break
+        # The tables are an argument of the step: closed over, they would be constants of megabytes in its program.
+        batch = feed.next() | {"tables": tables}
+        if done == start_step:
+          train_step = compile_step(logger, train_step, state, batch)
+          accumulator.restart()
+        state, metrics = train_step(state, batch)
+        accumulator.add(metrics)
+        done += 1
+        logger.advance(done)
+        stopping = vote(bool(stop)) and done < plan.steps  # asked once: a signal that comes later finds the next step
+        validates = plan.validates_at(done)
+        due = bool(config.train.checkpoint_every) and done % config.train.checkpoint_every == 0
+        if validates or stopping or due or done % config.train.log_every == 0:
+          record_training(logger, accumulator, state, done, schedule, explain)
+        if validates and not stopping:
+          validate(done)
+        elif due and not stopping:
+          saver.save(state, best, None)
+        if validates or due:
+          accumulator.restart()
+        if stopping:
+          leave(done, saved=False)
+    except ValidationInterruptedError:
+      leave(done, saved=done == start_step)
+    saver.finish()
+    conclude(logger, folder, done)
+  return state
+
+
+def make_plan(
+  config: ml_collections.ConfigDict, workdir: str | os.PathLike, devices: Sequence[jax.Device] | None
+) -> Plan:
+  """Checks a config against itself, the devices and the data; raises UserError where they do not go together."""
   configs.validate(config)
   config = configs.with_absolute_paths(config)
-  if not pathlib.Path(workdir, FOLDER).exists():  # a run that is continued needs these weights no more
+  if not pathlib.Path(workdir, checkpoints.FOLDER).exists():  # a run that is continued needs these weights no more
     warm_start.check_exists(config.init_from)
-  if jax.process_count() > 1:
-    raise UserError(
-      f"training in several processes ({jax.process_count()}) is not supported yet; use one, all its devices"
-    )
   mesh = meshes.make_mesh(devices)
-  meshes.check_batch_size(config.data.batch_size, mesh)
+  meshes.check_batch_size(config.data.batch_size, mesh, config.train.accumulate)
   manifest = manifests.load(config.data.dir, verify=config.data.verify).with_fold(config.data.fold)
   if config.train.patience and not manifest.splits["val"]:
     raise UserError("config.train.patience stops by the validation Dice, but the validation split is empty; give 0")
   check_published_classes(config, manifest)
   dataset = pipeline.SliceDataset(config.data.dir, manifest)
   sampling = pipeline.Sampling(config.data.batch_size, config.seed, config.data.foreground_fraction)
-  stream = pipeline.batches(dataset, sampling, process_index=jax.process_index(), process_count=jax.process_count())
+  pipeline.records(dataset, sampling)  # raises where there is no foreground to draw
   steps_per_epoch = math.ceil(len(dataset) / config.data.batch_size)
-  steps = config.train.steps or config.train.epochs * steps_per_epoch
-  validate_every = config.train.validate_every or steps_per_epoch
-  patience = config.train.patience * steps_per_epoch
+  return Plan(
+    config=config,
+    manifest=manifest,
+    mesh=mesh,
+    dataset=dataset,
+    sampling=sampling,
+    steps=config.train.steps or config.train.epochs * steps_per_epoch,
+    steps_per_epoch=steps_per_epoch,
+    validate_every=config.train.validate_every or steps_per_epoch,
+    patience=config.train.patience * steps_per_epoch,
+  )
 
-  with workdirs.hold(workdir) as folder, Checkpoints(folder) as checkpoints:
-    start_step = checkpoints.latest_step() or 0
-    if checkpoints.latest_step() is not None and not checkpoints.can_continue(start_step):
+
+def resume(
+  folder: pathlib.Path, plan: Plan, abstract_state: TrainState, say: Callable[[str], None], *, override: bool
+) -> Resumed | None:
+  """The newest whole checkpoint of a workdir; None where there is none.
+
+  Args:
+    folder: the workdir.
+    plan: of the run that wants to go on.
+    abstract_state: shapes and dtypes of its state.
+    say: told of checkpoints that are damaged and set aside.
+    override: see `train_and_evaluate`.
+
+  Returns:
+    Where the run goes on from, the same in every process.
+
+  Raises:
+    UserError: the checkpoint is of another run, or none is whole.
+  """
+
+  def use(checkpoint: Checkpoint) -> Resumed:
+    if not checkpoint.can_continue:
       raise UserError(
         f"{folder}: holds converted weights, not a run; give another --workdir and --config.init_from={folder}"
       )
-    if start_step:
-      # Where the run began, wherever these weights are now.
-      config.init_from = checkpoints.config(start_step).get("init_from", "")
-      check_same_run(checkpoints, start_step, config, manifest, override=override)
+    init_from = checkpoint.config.get("init_from", "")
+    check_same_run(checkpoint, plan, init_from, override=override)
+    return Resumed(checkpoint.step, checkpoint.read(abstract_state), checkpoint.best, init_from)
 
-    # 2. Network, optimizer, state: initialized under jit, where they will live.
-    model = build_model(config.model, manifest.num_classes)
-    schedule = optimizers.make_schedule(config.optimizer, steps, steps_per_epoch)
-    optimizer = optimizers.make_optimizer(config.optimizer, schedule)
-    key = jax.random.key(config.seed)
+  resumed = None
+  with processes.together():
+    if processes.is_first():
+      resumed = checkpoints.latest_whole(folder, use, say)
+  # The first process has chosen; the others read the same.
+  chosen = processes.gather_texts(str(resumed.step) if resumed else "")[0]
+  with processes.together():
+    if chosen and not processes.is_first():
+      resumed = use(Checkpoint(folder / checkpoints.FOLDER / chosen))
+  return resumed
 
-    def initial_state(key: jax.Array) -> TrainState:
-      variables = initial_variables(model, named_key(key, "init"), config.data.image_size, manifest.channels)
-      return create_state(variables, optimizer, key)
 
-    # 3. A checkpoint, if there is one; else given weights, if there are any; else random ones.
-    origin, best = [], BestSoFar()
-    if start_step:
-      abstract = meshes.replicated_like(jax.eval_shape(initial_state, key), mesh)
-      state, best = checkpoints.restore(start_step, abstract), checkpoints.best_so_far(start_step)
-    elif config.init_from:
-      variables, origin = warm_start.load(
-        config.init_from, model, DatasetInfo.of(manifest), config.data.image_size, named_key(key, "init")
-      )
-      state = jax.jit(create_state, static_argnums=1, out_shardings=meshes.replicated(mesh))(variables, optimizer, key)
-    else:
-      state = jax.jit(initial_state, out_shardings=meshes.replicated(mesh))(key)
+@contextlib.contextmanager
+def _peers():
+  """Says what it means when a collective operation fails: another process is gone."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1:
+      raise
+    raise FaultError(
+      f"another process was lost ({str(error).splitlines()[0]}); start all of them again with the same command: they "
+      "continue from the last checkpoint"
+    ) from error
 
-    tables = jax.device_put(augment.ResizeTables.build(dataset.shapes, config.data.image_size), meshes.replicated(mesh))
-    train_step = meshes.jit_for(
-      mesh,
-      make_train_step(model, make_loss(config.loss), optimizer, input_fn=make_input_fn(config, manifest)),
-      donate_argnums=0,
-      out_shardings=meshes.replicated(mesh),
+
+class Saver:
+  """Saves checkpoints, and does what `config.on_save_error` says when that fails."""
+
+  def __init__(
+    self, writer: CheckpointWriter, logger: RunLogger, config: ml_collections.ConfigDict, manifest: Manifest
+  ):
+    self._writer = writer
+    self._logger = logger
+    self._config = config
+    self._manifest = manifest
+    self._stops = config.on_save_error == "stop"
+
+  def save(self, state: TrainState, best: BestSoFar, val_dice: float | None) -> None:
+    """Saves in the background, once what was being saved is on disk."""
+    self._attempt(self._writer.settle)
+    self._attempt(
+      functools.partial(self._writer.save, state, self._config, self._manifest, val_dice=val_dice, best=best)
     )
-    validation = Validation(config, manifest, make_apply(model), mesh)
 
-    workdirs.write_config(folder, config)  # only now: a checkpoint that does not fit must leave the workdir as it was
+  def finish(self) -> None:
+    """Waits until the last checkpoint is on disk; that it is cannot be done without, whatever the config says."""
+    with processes.together():
+      self._writer.settle()
 
-    # 4. The loop.
-    with RunLogger(folder, start_step=start_step, steps=steps) as logger, stop_requests() as stop:
-      introduce(logger, state, config, manifest, mesh, steps, start_step)
-      for line in origin:
-        logger.say(line)
-      batches = pipeline.iterate(stream, start_step, threads=config.data.threads, prefetch=config.data.prefetch)
-      accumulator = MetricAccumulator(config.data.batch_size)
-      for step in range(start_step, steps):
-        # Asked where a validation has been, so that a run stops at the same step whether or not it was interrupted.
-        if step % validate_every == 0 and best.is_stale(step, patience):
-          logger.say(f"stopped  early: no better validation Dice for {config.train.patience} epochs")
-          steps = step
-          break
-        # The tables are an argument of the step: closed over, they would be constants of megabytes in its program.
-        batch = meshes.place_batch(next(batches), mesh) | {"tables": tables}
-        if step == start_step:
-          train_step = compile_step(logger, train_step, state, batch)
-          accumulator.restart()
-        state, metrics = train_step(state, batch)
-        accumulator.add(metrics)
-        done = step + 1
-        logger.advance(done)
-        validated = done % validate_every == 0 or done == steps
-        stopping = bool(stop) and done < steps  # asked once: a signal that comes later finds the next step
-        if validated or stopping or done % config.train.log_every == 0:
-          record_training(logger, accumulator, state, done, schedule, functools.partial(_case_names, dataset, stream))
-        if validated:
-          val_dice = validation.run(logger, state, done)
-          best.update(val_dice, done)
-          checkpoints.save(state, config, manifest, val_dice=val_dice, best=best)
-          accumulator.restart()
-        if stopping:
-          if not validated:
-            checkpoints.save(state, config, manifest, best=best)
-          checkpoints.wait()
-          message = f"stopped by {stop.signal_name} after step {done}, which is saved; the same command continues"
-          logger.note(message)
-          raise TrainingInterruptedError(message)
-      checkpoints.wait()
-      conclude(logger, checkpoints, max(start_step, steps), folder)
-  return state
+  def _attempt(self, action: Callable[[], None]) -> None:
+    with processes.together():
+      try:
+        action()
+      except SaveError as error:
+        if self._stops:
+          raise
+        self._logger.say(f"warning  {error}")
 
 
 def make_input_fn(config: ml_collections.ConfigDict, manifest: Manifest) -> Callable[[jax.Array, Batch], Batch]:
@@ -218,18 +446,17 @@ def check_published_classes(config: ml_collections.ConfigDict, manifest: Manifes
     )
 
 
-def check_same_run(
-  checkpoints: Checkpoints, step: int, config: ml_collections.ConfigDict, manifest: Manifest, *, override: bool
-) -> None:
+def check_same_run(checkpoint: Checkpoint, plan: Plan, init_from: str, *, override: bool) -> None:
   """Refuses to continue a run with another config or other data, unless told to.
 
   What the weights or the optimizer's state hang on (the network, the classes, what the images are) cannot be changed at
   all: the checkpoint would not fit, or would be taken for something else than it is.
   """
-  problems = configs.differences(config, checkpoints.config(step))
-  info, fingerprint = checkpoints.dataset(step)
+  ours = plan.config.copy_and_resolve_references()
+  ours.init_from = init_from
+  problems, step = configs.differences(ours, checkpoint.config), checkpoint.step
   fixed = [problem for problem in problems if problem.startswith(_FIXED_BY_CHECKPOINT)]
-  differing = info.differences(DatasetInfo.of(manifest))
+  differing = checkpoint.dataset.differences(DatasetInfo.of(plan.manifest))
   fixed += [f"the dataset's {name}: {before} -> {now}" for name, before, now in differing]
   if fixed:
     raise UserError(
@@ -237,8 +464,8 @@ def check_same_run(
       + "\n  ".join(fixed)
       + "\nGive another --workdir."
     )
-  if fingerprint != manifest.fingerprint():
-    problems.append(f"the dataset in {config.data.dir} is not the one trained on so far (its fingerprint differs)")
+  if checkpoint.fingerprint != plan.manifest.fingerprint():
+    problems.append(f"the dataset in {plan.config.data.dir} is not the one trained on so far (its fingerprint differs)")
   if problems and not override:
     raise UserError(
       f"the workdir holds a run at step {step} that differs from this one (then -> now):\n  "
@@ -247,25 +474,23 @@ def check_same_run(
     )
 
 
-def introduce(
-  logger: RunLogger,
-  state: TrainState,
-  config: ml_collections.ConfigDict,
-  manifest: Manifest,
-  mesh: Mesh,
-  steps: int,
-  start_step: int,
-) -> None:
+def introduce(logger: RunLogger, state: TrainState, plan: Plan, start_step: int) -> None:
   """Says what is about to be trained, on what."""
+  config, manifest, mesh = plan.config, plan.manifest, plan.mesh
   logger.hparams(configs.flatten(config))
   train, val = manifest.split("train"), manifest.split("val")
   slices = sum(case.shape[0] for case in train)
   kind = mesh.devices.flat[0].device_kind
+  where = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
   logger.say(parameter_overview.get_parameter_overview(state.params, include_stats=False))
   logger.say(f"data     {config.data.dir}: {len(train)} training cases ({slices} slices), {len(val)} validation cases")
-  logger.say(f"devices  {mesh.size} x {kind}, computing in {config.model.dtype}")
-  todo = f"{start_step} to {steps} in batches of {config.data.batch_size}" if start_step < steps else "none left to do"
-  logger.say(f"steps    {todo}")
+  logger.say(f"devices  {mesh.size} x {kind}{where}, computing in {config.model.dtype}")
+  batches = f"batches of {config.data.batch_size}"
+  if config.train.accumulate > 1:
+    batches += f", each in {config.train.accumulate} micro-batches"
+  logger.say(
+    f"steps    {f'{start_step} to {plan.steps} in {batches}' if start_step < plan.steps else 'none left to do'}"
+  )
   if not val:
     logger.say("warning  the validation split is empty: no best checkpoint can be chosen, the latest one will count")
   if start_step:
@@ -284,14 +509,16 @@ def compile_step(logger: RunLogger, train_step: Any, state: TrainState, batch: B
 class MetricAccumulator:
   """Collects the metrics of steps on the device, and their pace, without reading anything back."""
 
-  def __init__(self, batch_size: int):
+  def __init__(self, batch_size: int, feed: Feed):
     self._batch_size = batch_size
+    self._feed = feed
     self.restart()
 
   def restart(self) -> None:
-    """Forgets what was collected, and starts the clock."""
+    """Forgets what was collected, and starts the clocks."""
     self._pending: list[dict[str, jax.Array]] = []
     self._start = time.monotonic()
+    self._feed.restart_clock()
 
   def add(self, metrics: dict[str, jax.Array]) -> None:
     """Collects a step's metrics; waits (reading nothing) for an earlier step, so that the host cannot run away."""
@@ -299,10 +526,14 @@ class MetricAccumulator:
     if len(self._pending) > _STEPS_IN_FLIGHT:
       jax.block_until_ready(self._pending[-1 - _STEPS_IN_FLIGHT])
 
-  def read(self) -> tuple[list[dict[str, float]], float]:
-    """Metrics of each step since the last reading, and slices per second; starts anew."""
+  def read(self) -> tuple[list[dict[str, float]], dict[str, float]]:
+    """Metrics of each step since the last reading, and the pace: slices a second, share of time without a batch."""
     steps = [{name: float(value) for name, value in step.items()} for step in jax.device_get(self._pending)]
-    pace = self._batch_size * len(steps) / (time.monotonic() - self._start)
+    seconds = time.monotonic() - self._start
+    pace = {
+      "slices_per_second": self._batch_size * len(steps) / seconds,
+      "waiting_for_data": self._feed.waited / seconds,
+    }
     self.restart()
     return steps, pace
 
@@ -313,7 +544,7 @@ def record_training(
   state: TrainState,
   step: int,
   schedule: optax.Schedule,
-  case_names: Callable[[int], str],
+  explain: Callable[[RunLogger, TrainState, int], str],
 ) -> None:
   """Writes the mean metrics since the last record, or stops the run if one of these steps was not finite."""
   steps, pace = accumulator.read()
@@ -321,81 +552,43 @@ def record_training(
   if failed != NO_STEP:
     terms = steps[failed - (step - len(steps))]
     values = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
-    message = (
-      f"the loss or its gradient is not finite at step {failed}: {values}; cases of the batch: {case_names(failed)}"
-    )
+    message = f"the loss or its gradient is not finite at step {failed}: {values}; {explain(logger, state, failed)}"
     logger.note(message)
     raise TrainingDivergedError(message)
-  means = {f"train/{name}": float(np.mean([metrics[name] for metrics in steps])) for name in steps[0]}
-  means |= {"train/learning_rate": float(schedule(step - 1)), "train/slices_per_second": pace}
+  counted = [metrics for metrics in steps if not metrics.get("skipped")]
+  means = {f"train/{name}": float(np.mean([metrics[name] for metrics in counted or steps])) for name in steps[0]}
+  rates = {"learning_rate": float(schedule(step - 1))} | pace
+  skipped = len(steps) - len(counted)
+  if "skipped" in steps[0]:
+    rates["skipped"] = skipped
+  means |= {f"train/{name}": value for name, value in rates.items()}
   shown = ("total", "ce", "dice", "scr", "ifd", "grad_norm")
   losses = "  ".join(f"{name} {means[f'train/{name}']:.4f}" for name in shown if f"train/{name}" in means)
-  rate = f"rate {means['train/learning_rate']:.2e}"
-  logger.scalars(step, means, f"step {step}  {losses}  {rate}  {pace:.1f} slices/s")
+  line = f"step {step}  {losses}  rate {rates['learning_rate']:.2e}  {pace['slices_per_second']:.1f} slices/s"
+  if skipped:
+    line += f"  {skipped} updates skipped: not finite"
+  logger.scalars(step, means, line)
 
 
-def _case_names(dataset: pipeline.SliceDataset, stream: Any, step: int) -> str:
-  """The slices of a step's batch, rebuilt from its place in the stream."""
-  located = [dataset.locate(int(record)) for record in stream[step]["record"]]
-  return ", ".join(sorted({f"{case.id} slice {index}" for case, index in located}))
+def explain_failure(plan: Plan, input_fn: InputFn, logger: RunLogger, state: TrainState, step: int) -> str:
+  """Names the cases of a step whose loss was not finite, and saves its batch as the network saw it."""
+  cases = f"cases of the batch: {plan.case_names(step)}"
+  if not processes.is_first():
+    return cases
+  # Random access: the batch of any step can be made again, here the whole of it in one process.
+  batch = plan.stream(whole=True)[step]
+  tables = augment.ResizeTables.build(plan.dataset.shapes, plan.config.data.image_size)
+  key = jax.random.wrap_key_data(np.asarray(jax.random.key_data(state.key)))
+  seen = jax.jit(input_fn)(named_key(key, "input"), batch | {"tables": tables})
+  arrays = {name: np.asarray(value) for name, value in seen.items()}
+  path = logger.arrays(f"nonfinite_step_{step:07d}.npz", arrays | {n: batch[n] for n in ("record", "position")})
+  return f"{cases}; the batch as the network saw it is in {path}"
 
 
-class Validation:
-  """Whole validation cases through the network: sound-protocol Dice, curves, and a panel of slices."""
-
-  def __init__(self, config: ml_collections.ConfigDict, manifest: Manifest, apply: Any, mesh: Mesh):
-    self._manifest = manifest
-    self._cases = manifest.split("val")
-    self._arrays = manifests.CaseArrays(config.data.dir)
-    self._apply = apply
-    self._predictor = SlicePredictor(config.data.image_size, config.eval.batch_size, mesh)
-
-  def run(self, logger: RunLogger, state: TrainState, step: int) -> float | None:
-    """Validates and records; returns the mean foreground Dice, or None where nothing can be scored."""
-    if not self._cases:
-      logger.curves()
-      return None
-    start = time.monotonic()
-    predict_fn = functools.partial(self._apply, {"params": state.params, "batch_stats": state.batch_stats})
-    per_case, pictures = [], []
-    for index, case in enumerate(self._cases):
-      logger.alive(f"validating case {index + 1}/{len(self._cases)}")
-      image, truth = self._arrays.image(case), self._arrays.label(case)
-      prediction = self._predictor.classes(predict_fn, image, scale=self._manifest.scale)
-      confusion = volume_metrics.confusion_matrix(prediction, truth, num_classes=self._manifest.num_classes)
-      per_case.append(protocols.dice_per_class(confusion))
-      pictures += list(self._choose(index, case, image, truth, prediction))
-    mean = protocols.mean_foreground_dice(per_case)
-    scalars = {"val/dice": mean}
-    for name, values in zip(self._manifest.classes[1:], np.transpose(per_case), strict=True):
-      scored = values[~np.isnan(values)]
-      if len(scored):
-        scalars[f"val/dice/{name}"] = float(scored.mean())
-    line = f"step {step}  validation Dice {mean:.4f} on {len(per_case)} cases in {time.monotonic() - start:.1f} s"
-    logger.scalars(step, scalars, line)
-    panel = report.overlay_panel(*zip(*pictures, strict=True), class_names=self._manifest.classes)
-    enlarge = max(_PANEL_WIDTH // panel.shape[1], 1)
-    logger.panel(step, panel.repeat(enlarge, axis=0).repeat(enlarge, axis=1))
-    logger.curves()
-    return None if np.isnan(mean) else mean
-
-  def _choose(
-    self, index: int, case: Case, image: np.ndarray, truth: np.ndarray, prediction: np.ndarray
-  ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Slices of a case for the panel: evenly spaced among those with foreground, the same at every validation."""
-    shares = [len(part) for part in np.array_split(range(_PANEL_SLICES), len(self._cases))]
-    candidates = case.foreground_slices or range(case.shape[0])
-    places = np.linspace(0, len(candidates) - 1, shares[index] + 2)[1:-1]
-    for slice_index in (candidates[round(place)] for place in places):
-      arrays = (image[slice_index] * np.float32(self._manifest.scale), truth[slice_index], prediction[slice_index])
-      yield tuple(report.radiological(array, case.axcodes) for array in arrays)
-
-
-def conclude(logger: RunLogger, checkpoints: Checkpoints, steps: int, folder: pathlib.Path) -> None:
+def conclude(logger: RunLogger, folder: pathlib.Path, steps: int) -> None:
   """Says what came out and what to do with it."""
-  best = checkpoints.best_step()
-  metric = checkpoints.metric(best)
-  score = "not validated" if metric is None else f"validation Dice {metric:.4f}"
-  logger.say(f"{steps} steps done; best checkpoint: step {best}, {score}")
+  best = checkpoints.best_of(checkpoints.find(folder))
+  score = "not validated" if best.val_dice is None else f"validation Dice {best.val_dice:.4f}"
+  logger.say(f"{steps} steps done; best checkpoint: step {best.step}, {score}")
   logger.say(f"curves   {folder / 'curves.png'}")
   logger.say(f"next     python eval.py --workdir={folder}")

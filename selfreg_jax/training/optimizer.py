@@ -68,7 +68,8 @@ def make_optimizer(config: ml_collections.ConfigDict, schedule: optax.Schedule) 
   """The optimizer of `config.optimizer`.
 
   SGD and Adam couple the weight decay as PyTorch does: it is added to the gradient of ALL parameters, before momentum.
-  AdamW decouples it. Epsilon and betas are PyTorch's defaults, which are optax's.
+  AdamW decouples it. Epsilon and betas are PyTorch's defaults, which are optax's. Clipping by the global norm comes
+  first, as `clip_grad_norm_` does.
 
   Args:
     config: the section `optimizer` of a run's config.
@@ -77,7 +78,10 @@ def make_optimizer(config: ml_collections.ConfigDict, schedule: optax.Schedule) 
   Returns:
     The gradient transformation.
   """
+  clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
   if config.name == "adamw":
-    return optax.adamw(schedule, weight_decay=config.weight_decay)
+    return optax.chain(clip, optax.adamw(schedule, weight_decay=config.weight_decay))
   direction = optax.trace(decay=config.momentum) if config.name == "sgd" else optax.scale_by_adam()
-  return optax.chain(optax.add_decayed_weights(config.weight_decay), direction, optax.scale_by_learning_rate(schedule))
+  return optax.chain(
+    clip, optax.add_decayed_weights(config.weight_decay), direction, optax.scale_by_learning_rate(schedule)
+  )

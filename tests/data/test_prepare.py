@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from selfreg_jax.data import datasets, manifest, prepare
+from selfreg_jax.data import conversion, datasets, manifest, prepare
 from selfreg_jax.data.prepare import PrepareOptions
 from selfreg_jax.errors import UserError
 
@@ -73,6 +73,12 @@ def refused(tmp_path, match=None, **changes):
   with pytest.raises(UserError):
     manifest.load(tmp_path / "out")
   return str(caught.value)
+
+
+def staged(tmp_path):
+  """Ids of the cases that are finished, in a folder that holds nothing else."""
+  assert os.listdir(tmp_path / "out") == ["cases.partial"]
+  return sorted(path.name.removesuffix(".done.json") for path in tmp_path.glob("out/cases.partial/*.done.json"))
 
 
 def command(tmp_path, *arguments):
@@ -473,7 +479,7 @@ def test_all_bad_files_are_listed_in_one_go(tmp_path):
     ("labelsTr/case_10.nii.gz", "folder"),
   ]:
     assert any(name in line and fault in line for line in lines), (name, fault, message)
-  assert os.listdir(tmp_path / "out") == []
+  assert staged(tmp_path) == ["case_11"]  # the only one without a fault is kept
 
 
 def test_the_command_exits_with_2_and_without_traceback(tmp_path):
@@ -542,7 +548,7 @@ def test_the_output_must_be_a_folder_one_can_write_to(tmp_path):
 def test_two_preparations_do_not_share_a_folder(tmp_path):
   write_msd(tmp_path / "raw", train=2)
   (tmp_path / "out").mkdir()
-  descriptor = os.open(tmp_path / "out", os.O_RDONLY)
+  descriptor = os.open(tmp_path / "out/.prepare.lock", os.O_RDWR | os.O_CREAT)
   fcntl.flock(descriptor, fcntl.LOCK_EX)
   refused(tmp_path, "another preparation")
   os.close(descriptor)
@@ -552,18 +558,18 @@ def test_two_preparations_do_not_share_a_folder(tmp_path):
 # Interruptions.
 
 
-def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_dataset(tmp_path, monkeypatch):
   write_msd(tmp_path / "raw", train=3)
-  write = prepare._write_array
+  write = conversion._write_array
 
   def fill(path, array):
     write(path, array)
     if path.name == "case_01.image.npy":
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-  monkeypatch.setattr(prepare, "_write_array", fill)
-  refused(tmp_path, "disk is full")
-  assert os.listdir(tmp_path / "out") == []
+  monkeypatch.setattr(conversion, "_write_array", fill)
+  refused(tmp_path, "disk is full; no dataset was written .*kept.* Make room")
+  assert staged(tmp_path) == ["case_00"]
   monkeypatch.undo()
   prepare.prepare(options(tmp_path))
   manifest.load(tmp_path / "out", verify=True)
@@ -574,7 +580,7 @@ def test_a_file_system_that_takes_no_more_is_no_crash(tmp_path):
   if not os.path.exists("/dev/full"):
     pytest.skip("no /dev/full here")
   with pytest.raises(OSError, match="No space") as caught:
-    prepare._write_array(pathlib.Path("/dev/full"), np.zeros(100_000, np.uint8))
+    conversion._write_array(pathlib.Path("/dev/full"), np.zeros(100_000, np.uint8))
   assert caught.value.errno == errno.ENOSPC
 
 
@@ -588,19 +594,20 @@ def test_too_little_room_is_noticed_before(tmp_path, monkeypatch):
   prepare.prepare(options(tmp_path))
 
 
-def test_ctrl_c_leaves_nothing(tmp_path, monkeypatch, capfd):
+def test_ctrl_c_leaves_no_dataset(tmp_path, monkeypatch, capfd):
   write_msd(tmp_path / "raw", train=3)
 
   def interrupt(path, array):
     if path.name == "case_01.label.npy":
       raise KeyboardInterrupt
 
-  monkeypatch.setattr(prepare, "_write_array", interrupt)
+  monkeypatch.setattr(conversion, "_write_array", interrupt)
   arguments = ["--dataset=msd", f"--source={tmp_path / 'raw'}", f"--output={tmp_path / 'out'}", "--normalize=minmax"]
   monkeypatch.setattr(manifest, "checksum", lambda path: "")
   assert prepare.main([*arguments, "--workers=1"]) == 1
-  assert "interrupted" in capfd.readouterr().err
-  assert os.listdir(tmp_path / "out") == []
+  assert "interrupted: no dataset was written (the cases that are done are kept" in capfd.readouterr().err
+  with pytest.raises(UserError, match="never completed"):
+    manifest.load(tmp_path / "out")
   monkeypatch.undo()
   assert prepare.main([*arguments, "--workers=1"]) == 0
 
@@ -667,7 +674,7 @@ def test_a_worker_that_dies_is_explained(tmp_path, stuck):
   assert "out of memory" in errors
   assert "--workers=2" in errors
   assert "Traceback" not in errors
-  assert os.listdir(tmp_path / "out") == []
+  assert os.listdir(tmp_path / "out") == ["cases.partial"]
 
 
 def test_running_out_of_memory_is_explained(tmp_path, monkeypatch):
@@ -714,7 +721,7 @@ def test_the_summary_says_what_there_is_and_what_to_do_next(tmp_path):
 def test_progress_is_shown(tmp_path, monkeypatch, capfd, terminal):
   write_msd(tmp_path / "raw", train=3)
   monkeypatch.setenv("FORCE_COLOR", "1" if terminal else "")
-  monkeypatch.setattr(prepare, "_SECONDS_BETWEEN_LINES", 0)
+  monkeypatch.setattr(conversion, "_SECONDS_BETWEEN_LINES", 0)
   prepare.prepare(options(tmp_path))
   errors = capfd.readouterr().err
   assert ("preparing" in errors and "3/3" in errors) if terminal else "prepared 2 of 3 cases" in errors

@@ -9,7 +9,7 @@ import numpy as np
 from selfreg_jax.data import manifest as manifests
 from selfreg_jax.data.manifest import Case, DatasetInfo, Intensity, Manifest
 from selfreg_jax.models.factory import abstract_variables, build_model
-from selfreg_jax.training.checkpoints import Checkpoints
+from selfreg_jax.training.checkpoints import CheckpointWriter
 from tests.conftest import make_small_config
 
 
@@ -71,7 +71,6 @@ def write_run(data, workdir, *, seed=0, fold=-1):
     "batch_stats": jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes["batch_stats"]),
   }
   workdir.mkdir(parents=True)
-  with Checkpoints(workdir) as checkpoints:
-    checkpoints.save_weights(variables, config, info)
-    checkpoints.wait()
+  with CheckpointWriter(workdir) as writer:
+    writer.save_weights(variables, config, info)
   return workdir

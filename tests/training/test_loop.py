@@ -16,14 +16,19 @@ from selfreg_jax import workdir as workdirs
 from selfreg_jax.data import manifest as manifests
 from selfreg_jax.data import pipeline
 from selfreg_jax.errors import UserError
-from selfreg_jax.training import loop
-from selfreg_jax.training.checkpoints import Checkpoints
+from selfreg_jax.training import checkpoints, loop
 from selfreg_jax.training.signals import TrainingInterruptedError
 from tests.conftest import make_small_config
 
 
 def train(config, workdir, **options):
   return loop.train_and_evaluate(config, workdir, devices=jax.devices()[:1], **options)
+
+
+def steps_saved(workdir):
+  """Steps of the checkpoints; nothing else may lie beside them."""
+  names = [path.name for path in (workdir / "checkpoints").iterdir()]
+  return sorted(map(int, names))
 
 
 def trees_equal(ours, theirs):
@@ -61,12 +66,11 @@ def test_a_resumed_run_is_bit_identical_to_the_uninterrupted_one(whole_run, tmp_
     patch.setattr(loop.RunLogger, "advance", killing)
     with pytest.raises(Killed):
       train(config, tmp_path)
-  checkpoints = Checkpoints(tmp_path, read_only=True)
-  assert checkpoints.latest_step() == 3
+  assert steps_saved(tmp_path) == [3]
   state = train(config, tmp_path)
   assert trees_equal(variables_of(state), expected)
   for ours, theirs in zip(metric_lines(tmp_path), metric_lines(workdir), strict=True):
-    pace = {"train/slices_per_second"}
+    pace = {"train/slices_per_second", "train/waiting_for_data"}
     assert {k: v for k, v in ours.items() if k not in pace} == {k: v for k, v in theirs.items() if k not in pace}
   assert "resumed  from the checkpoint of step 3" in (tmp_path / "train.log").read_text()
 
@@ -106,13 +110,11 @@ def read_events(path):
 def test_latest_and_best_checkpoints_are_kept(small_config, tmp_path, monkeypatch):
   small_config.train.steps, small_config.train.validate_every = 8, 2
   scores = iter([0.3, 0.9, 0.5, 0.4])
-  monkeypatch.setattr(loop.Validation, "run", lambda self, logger, state, step: next(scores))
+  monkeypatch.setattr(loop.Validation, "run", lambda *arguments, **options: next(scores))
   train(small_config, tmp_path)
-  checkpoints = Checkpoints(tmp_path, read_only=True)
-  assert checkpoints.latest_step() == 8
-  assert checkpoints.best_step() == 4
-  assert checkpoints.metric(4) == 0.9
-  assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "8"]
+  assert steps_saved(tmp_path) == [4, 6, 8]
+  best = checkpoints.best_of(checkpoints.find(tmp_path))
+  assert (best.step, best.val_dice) == (4, 0.9)
 
 
 def test_a_changed_config_is_refused_on_resume(whole_run):
@@ -146,7 +148,7 @@ def test_override_continues_with_the_new_settings(small_config, tmp_path):
 
 def test_each_checkpoint_is_used_with_its_own_settings(small_config, tmp_path, monkeypatch):
   scores = iter([0.9, 0.1])
-  monkeypatch.setattr(loop.Validation, "run", lambda self, logger, state, step: next(scores))
+  monkeypatch.setattr(loop.Validation, "run", lambda *arguments, **options: next(scores))
   small_config.train.steps = 3
   train(small_config, tmp_path)
   small_config.train.steps, small_config.data.image_size = 6, 48
@@ -190,8 +192,7 @@ def test_a_signal_saves_the_step_and_the_run_continues_exactly(whole_run, tmp_pa
     patch.setattr(loop.RunLogger, "advance", interrupting)
     with pytest.raises(TrainingInterruptedError, match="step 5"):
       train(config, tmp_path)
-  with Checkpoints(tmp_path, read_only=True) as checkpoints:
-    assert checkpoints.latest_step() == 5
+  assert steps_saved(tmp_path)[-1] == 5
   assert trees_equal(variables_of(train(config, tmp_path)), expected)
 
 
@@ -203,7 +204,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_terms_and_cases(small_config,
   message = str(error.value)
   assert re.search(r"not finite at step [123]: .*total", message)
   assert re.search(r"cases of the batch: \d slice \d", message)
-  assert Checkpoints(tmp_path, read_only=True).latest_step() in (None, 3)
+  assert steps_saved(tmp_path) in ([], [3])
 
 
 def test_a_workdir_serves_one_run_at_a_time(small_config, tmp_path):
@@ -223,8 +224,7 @@ def test_training_without_validation_cases_keeps_the_latest(prepared, small_conf
   monkeypatch.setattr(manifests, "load", lambda directory, verify=False: manifest)
   train(small_config, tmp_path)
   assert "the validation split is empty" in (tmp_path / "train.log").read_text()
-  checkpoints = Checkpoints(tmp_path, read_only=True)
-  assert checkpoints.best_step() == checkpoints.latest_step() == 6
+  assert checkpoints.best_of(checkpoints.find(tmp_path)).step == 6
 
 
 def test_eight_devices_train_like_one(small_config, tmp_path):
@@ -243,16 +243,50 @@ def test_eight_devices_train_like_one(small_config, tmp_path):
   np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
 
 
-def test_damaged_checkpoints_are_noticed(whole_run, tmp_path):
-  config, workdir, _ = whole_run
-  shutil.copytree(workdir, tmp_path / "copy")
-  folder = tmp_path / "copy" / "checkpoints" / "6"
-  largest = max((path for path in folder.rglob("d/*") if path.is_file()), key=lambda path: path.stat().st_size)
-  content = bytearray(largest.read_bytes())
+def flip(path):
+  content = bytearray(path.read_bytes())
   content[len(content) // 2] ^= 0x10
-  largest.write_bytes(content)
-  with pytest.raises(UserError, match=r"checkpoints/6: .*(damaged|differ)"):
-    train(config, tmp_path / "copy")
+  path.write_bytes(content)
+
+
+def arrays_file(workdir, step):
+  folder = workdir / "checkpoints" / str(step)
+  return max((path for path in folder.rglob("d/*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(whole_run, tmp_path):
+  config, workdir, expected = whole_run
+  copy = tmp_path / "copy"
+  shutil.copytree(workdir, copy)
+  flip(arrays_file(copy, 6))
+  state = train(config, copy)
+  assert trees_equal(variables_of(state), expected)
+  log = (copy / "train.log").read_text()
+  assert re.search(r"checkpoints/6/\w+: .*damaged", log)
+  assert "going on from step 3" in log
+  assert (copy / "damaged_checkpoints" / "6" / "config").exists()
+  assert steps_saved(copy) == [3, 6]
+
+
+def test_without_a_whole_checkpoint_nothing_is_touched(whole_run, tmp_path):
+  config, workdir, _ = whole_run
+  copy = tmp_path / "copy"
+  shutil.copytree(workdir, copy)
+  for step in (3, 6):
+    flip(arrays_file(copy, step))
+  for _ in range(2):
+    with pytest.raises(UserError, match="none of the 2 checkpoint"):
+      train(config, copy)
+  assert steps_saved(copy) == [3, 6]
+
+
+def test_prediction_refuses_a_damaged_checkpoint_and_names_the_others(whole_run, tmp_path):
+  _, workdir, _ = whole_run
+  copy = tmp_path / "copy"
+  shutil.copytree(workdir, copy)
+  (copy / "checkpoints" / "6" / "variables" / "manifest.ocdbt").write_bytes(b"")
+  with pytest.raises(UserError, match=r"checkpoints/6/variables: .*damaged.*step 3"):
+    sr.load(copy, checkpoint="latest")
 
 
 def early_stopping_config(prepared):
@@ -263,7 +297,7 @@ def early_stopping_config(prepared):
 
 
 def scripted_validation(monkeypatch, scores):
-  def run(self, logger, state, step):
+  def run(self, logger, state, step, **options):
     return scores.get(step, 0.0)
 
   monkeypatch.setattr(loop.Validation, "run", run)

@@ -76,3 +76,20 @@ def test_the_schedule_follows_the_config(name, last):
   config.schedule, config.learning_rate = name, 0.2
   schedule = optimizers.make_schedule(config, steps=100, steps_per_epoch=10)
   np.testing.assert_allclose(schedule(99), last, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_gradients_are_clipped_by_their_global_norm_before_weight_decay(name):
+  config = base_config().optimizer
+  config.name, config.weight_decay = name, 0.1
+  params = {"a": jnp.asarray([1.0, -2.0]), "b": jnp.asarray([3.0])}
+  gradients = {"a": jnp.asarray([3.0, 0.0]), "b": jnp.asarray([4.0])}  # of norm 5
+  updates = []
+  for clip, scale in ((0.5, 1.0), (0.0, 0.1), (0.0, 1.0), (50.0, 1.0)):
+    config.clip_norm = clip
+    optimizer = optimizers.make_optimizer(config, lambda step: 0.1)
+    scaled = jax.tree.map(lambda g, scale=scale: g * scale, gradients)
+    updates.append(optimizer.update(scaled, optimizer.init(params), params)[0])
+  clipped, scaled, whole, unclipped = updates
+  for one, other in ((clipped, scaled), (unclipped, whole)):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), one, other)

@@ -1,3 +1,4 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +9,7 @@ import selfreg_jax as sr
 from selfreg_jax import mesh as meshes
 from selfreg_jax.config import base_config
 from selfreg_jax.training import optimizer as optimizers
-from selfreg_jax.training.step import NO_STEP, create_state, make_loss, make_train_step
+from selfreg_jax.training.step import NO_STEP, create_state, make_loss, make_train_step, moving_average
 from tests.conftest import unet_state_dict
 
 NAMES = {f"enc{i}": f"encoder_{i}" for i in (1, 2, 3, 4)} | {f"dec{i}": f"decoder_{i}" for i in (1, 2, 3)}
@@ -167,3 +168,197 @@ def test_a_step_that_is_not_finite_freezes_the_state(small):
   for name in ("params", "batch_stats", "opt_state", "step"):
     for ours, theirs in zip(jax.tree.leaves(getattr(again, name)), jax.tree.leaves(getattr(state, name)), strict=True):
       np.testing.assert_array_equal(ours, theirs)
+
+
+class SliceBySlice(nn.Module):
+  """A network without batch statistics that sows what the losses need."""
+
+  @nn.compact
+  def __call__(self, images, *, train):
+    encoder = nn.relu(nn.Conv(6, (3, 3), strides=(2, 2))(images))
+    decoder = nn.relu(nn.Conv(4, (3, 3))(encoder))
+    final = nn.relu(nn.Conv(4, (3, 3))(decoder.repeat(2, axis=1).repeat(2, axis=2)))
+    if not self.is_initializing():
+      for name, value in (("encoder_1", encoder), ("decoder_1", decoder), ("final", final)):
+        self.sow("features", name, value)
+    return nn.Conv(3, (1, 1))(final)
+
+
+@pytest.fixture(scope="module")
+def slice_by_slice():
+  """The network, a state, and a batch of eight."""
+  model = SliceBySlice()
+  images = jax.random.normal(jax.random.key(0), (8, 16, 16, 1))
+  labels = jax.random.randint(jax.random.key(1), (8, 16, 16), 0, 3)
+  variables = model.init(jax.random.key(2), images, train=False)
+  return model, create_state(variables, optax.sgd(0.1), jax.random.key(3)), {"image": images, "label": labels}
+
+
+def terms_config(*names):
+  config = base_config().loss
+  for name in ("ce", "dice", "scr", "ifd"):
+    config[f"{name}_weight"] = 0.5 if name in names else 0.0
+  return config
+
+
+def one_step(slice_by_slice, config, **options):
+  model, state, batch = slice_by_slice
+  return jax.jit(make_train_step(model, make_loss(config), optax.sgd(0.1), **options))(state, batch)
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_accumulated_cross_entropy_and_consistency_are_those_of_the_whole_batch(slice_by_slice, accumulate):
+  config = terms_config("ce", "scr")
+  whole, metrics = one_step(slice_by_slice, config)
+  parts, accumulated = one_step(slice_by_slice, config, accumulate=accumulate)
+  for name in ("total", "ce", "scr", "grad_norm"):
+    np.testing.assert_allclose(accumulated[name], metrics[name], rtol=1e-5)
+  for ours, theirs in zip(jax.tree.leaves(parts.params), jax.tree.leaves(whole.params), strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_accumulated_dice_and_distillation_are_means_over_micro_batches(slice_by_slice):
+  model, state, batch = slice_by_slice
+  config = terms_config("dice", "ifd")
+  _, accumulated = one_step(slice_by_slice, config, accumulate=2)
+  halves = []
+  for first in (0, 1):
+    half = {name: array[first::2] for name, array in batch.items()}
+    halves.append(jax.jit(make_train_step(model, make_loss(config), optax.sgd(0.1)))(state, half)[1])
+  for name in ("dice", "ifd", "total"):
+    np.testing.assert_allclose(accumulated[name], np.mean([half[name] for half in halves]), rtol=1e-5)
+
+
+def test_accumulation_updates_batch_statistics_once_a_micro_batch(small):
+  _, state, batch = small
+  model = sr.UNet(num_classes=3, widths=(4, 6, 8))
+  step = make_train_step(model, make_loss(base_config().loss), optax.sgd(0.1), accumulate=2)
+  after = jax.jit(step)(state, batch)[0].batch_stats
+  expected = state.batch_stats
+  for first in (0, 1):
+    variables = {"params": state.params, "batch_stats": expected}
+    _, updated = model.apply(variables, batch["image"][first::2], train=True, mutable=["batch_stats"])
+    expected = updated["batch_stats"]
+  for ours, theirs in zip(jax.tree.leaves(after), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_accumulation_on_several_devices_moves_no_slice_between_them(slice_by_slice):
+  """Micro-batches hold slices of every device: the only communication is that of sums."""
+  model, state, batch = slice_by_slice
+  batch = {name: np.concatenate([np.asarray(array)] * 2) for name, array in batch.items()}
+  mesh = meshes.make_mesh()
+  step = make_train_step(model, make_loss(base_config().loss), optax.sgd(0.1), accumulate=2)
+  arguments = meshes.replicate(state.params, mesh), meshes.place_batch(batch, mesh)
+
+  def run(params, batch):
+    return step(state.replace(params=params), batch)[1]
+
+  compiled = jax.jit(run).lower(*arguments).compile()
+  program = compiled.as_text()
+  assert "all-reduce" in program
+  for operation in ("all-gather", "all-to-all", "collective-permute"):
+    assert f"{operation}(" not in program
+  together = compiled(*arguments)
+  alone = jax.jit(step)(state, batch)[1]
+  np.testing.assert_allclose(together["total"], alone["total"], rtol=2e-5)
+
+
+def test_the_moving_average_is_its_closed_form():
+  rng, decay = np.random.default_rng(0), 0.9
+  values = rng.normal(size=(30, 4))
+  average = {"w": jnp.asarray(rng.normal(size=4), jnp.float32)}  # what it begins with counts for nothing
+  for count, value in enumerate(values, 1):
+    average = moving_average(average, {"w": jnp.asarray(value, jnp.float32)}, count, decay)
+    weights = (1 - decay) * decay ** np.arange(count - 1, -1, -1) / (1 - decay**count)
+    np.testing.assert_allclose(weights.sum(), 1)
+    np.testing.assert_allclose(average["w"], weights @ values[:count], rtol=2e-5, atol=1e-6)
+
+
+def test_a_run_averages_parameters_and_statistics(small):
+  _, state, batch = small
+  model, decay = sr.UNet(num_classes=3, widths=(4, 6, 8)), 0.5
+  state = create_state({"params": state.params, "batch_stats": state.batch_stats}, optax.sgd(0.1), state.key, ema=True)
+  step = jax.jit(make_train_step(model, make_loss(base_config().loss), optax.sgd(0.1), ema_decay=decay))
+  seen = []
+  for _ in range(3):
+    state, _ = step(state, batch)
+    seen.append(state.variables)
+  expected = jax.tree.map(lambda a, b, c: (a + 2 * b + 4 * c) / 7, *seen)
+  for ours, theirs in zip(jax.tree.leaves(state.evaluated), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_steps_that_are_not_finite_are_skipped_until_there_are_too_many(small):
+  _, state, batch = small
+  model = sr.UNet(num_classes=3, widths=(4, 6, 8))
+  step = jax.jit(make_train_step(model, make_loss(base_config().loss), optax.sgd(0.1), most_skips=2))
+  bad = {**batch, "image": batch["image"].at[3, 0, 0, 0].set(jnp.nan)}
+
+  def same_variables(one, other):
+    return jax.tree.all(jax.tree.map(np.array_equal, one.variables, other.variables))
+
+  for _ in range(2):
+    after, metrics = step(state, bad)
+    assert int(after.step) == int(state.step) + 1
+    assert metrics["skipped"] == 1
+    assert same_variables(after, state)
+    state = after
+  assert (int(state.updates), int(state.skips)) == (0, 2)
+  state, metrics = step(state, batch)  # a good one starts the count anew
+  assert (int(state.updates), int(state.skips), float(metrics["skipped"])) == (1, 0, 0)
+  for expected in (1, 2):
+    state, _ = step(state, bad)
+    assert int(state.skips) == expected
+  halted, _ = step(state, bad)
+  assert int(halted.nonfinite_step) == 5
+  again, _ = step(halted, batch)
+  assert int(again.nonfinite_step) == 5
+  assert int(again.step) == 5
+  assert same_variables(again, halted)
+
+
+def test_remat_keeps_less_and_gives_the_same_gradients():
+  images, labels = jax.random.normal(jax.random.key(0), (2, 16, 16, 1)), jnp.ones((2, 16, 16), jnp.int32)
+
+  def loss_of(remat):
+    model = sr.UNet(num_classes=3, widths=(4, 6, 8), remat=remat)
+    variables = model.init(jax.random.key(1), images, train=False)
+
+    def loss(params):
+      variables_now = {"params": params, "batch_stats": variables["batch_stats"]}
+      logits, _ = model.apply(variables_now, images, train=True, mutable=["batch_stats"])
+      return sr.cross_entropy(logits, labels)
+
+    return loss, variables["params"]
+
+  kept, gradients = [], []
+  for remat in (True, False):
+    loss, params = loss_of(remat)
+    # What the backward pass needs of the forward one are the leaves of the function that `vjp` returns.
+    needed = jax.eval_shape(lambda p, loss=loss: jax.vjp(loss, p)[1], params)
+    kept.append(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(needed)))
+    gradients.append(jax.jit(jax.grad(loss))(params))
+  assert kept[0] < 0.6 * kept[1]
+  for ours, theirs in zip(*map(jax.tree.leaves, gradients), strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_bfloat16_trains_as_float32_does():
+  """Fifty steps; parameters, losses and logits stay float32."""
+  images = jax.random.normal(jax.random.key(0), (8, 16, 16, 1))
+  labels = (images[..., 0] > 0.5).astype(jnp.int32) + (images[..., 0] > 1.2)
+  losses = {}
+  for dtype in (jnp.float32, jnp.bfloat16):
+    model = sr.UNet(num_classes=3, widths=(4, 6, 8), dtype=dtype)
+    state = create_state(model.init(jax.random.key(2), images, train=False), optax.adam(3e-3), jax.random.key(3))
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    step = jax.jit(make_train_step(model, make_loss(base_config().loss), optax.adam(3e-3)))
+    history = []
+    for _ in range(50):
+      state, metrics = step(state, {"image": images, "label": labels})
+      history.append(float(metrics["total"]))
+    assert metrics["total"].dtype == jnp.float32
+    losses[dtype] = history
+  assert losses[jnp.float32][-1] < 0.7 * losses[jnp.float32][0]
+  np.testing.assert_allclose(losses[jnp.bfloat16], losses[jnp.float32], rtol=0.02)

@@ -1,0 +1,218 @@
+"""What all benchmarks share: alternating timed runs, the check that both sides compute the same, tables and JSON."""
+
+import argparse
+import dataclasses
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from rich import box, table
+from rich.console import Console
+
+_VERSIONED = ("selfreg-jax", "jax", "jaxlib", "flax", "numpy", "scipy", "torch", "medpy")
+
+
+class NotComparableError(Exception):
+  """The two sides do not compute the same thing: no ratio of their times would mean anything."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+  """Repeated measurements of one thing.
+
+  Attributes:
+    seconds: of each run.
+  """
+
+  seconds: tuple[float, ...]
+
+  @property
+  def median(self) -> float:
+    """Middle of the runs."""
+    return float(np.median(self.seconds))
+
+  @property
+  def quartiles(self) -> tuple[float, float]:
+    """Between which half of the runs lie."""
+    low, high = np.quantile(self.seconds, [0.25, 0.75])
+    return float(low), float(high)
+
+  def to_json(self) -> dict[str, Any]:
+    """Median, quartiles and all runs."""
+    return {"median": self.median, "quartiles": self.quartiles, "seconds": self.seconds}
+
+
+def alternate(
+  sides: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 1, budget: float | None = None
+) -> dict[str, Timing]:
+  """Times functions in turns, so that whatever else the machine does meets all of them alike.
+
+  Args:
+    sides: functions by name; each returns only when its work is done (`jax.block_until_ready`).
+    rounds: timed runs of each.
+    warmup: runs of each before, which are not timed.
+    budget: seconds after which no further round is begun, at least three having been made.
+
+  Returns:
+    The timings by name.
+  """
+  for function in sides.values():
+    for _ in range(warmup):
+      function()
+  seconds: dict[str, list[float]] = {name: [] for name in sides}
+  begin = time.perf_counter()
+  for done in range(rounds):
+    if budget is not None and done >= 3 and time.perf_counter() - begin > budget:
+      break
+    order = list(sides) if done % 2 == 0 else list(reversed(sides))
+    for name in order:
+      gc.collect()
+      start = time.perf_counter()
+      sides[name]()
+      seconds[name].append(time.perf_counter() - start)
+  return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def require_equal(what: str, ours: Any, theirs: Any, *, rtol: float, atol: float = 0.0) -> None:
+  """Raises NotComparableError unless two arrays agree: |ours - theirs| <= atol + rtol * largest |theirs|."""
+  ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+  if ours.shape != theirs.shape:
+    raise NotComparableError(f"{what}: shapes {ours.shape} and {theirs.shape}")
+  difference = float(np.abs(ours - theirs).max(initial=0.0))
+  allowed = atol + rtol * float(np.abs(theirs).max(initial=0.0))
+  if not difference <= allowed:
+    raise NotComparableError(f"{what}: the two sides differ by {difference:.3g}, {allowed:.3g} is allowed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One line of a table.
+
+  Attributes:
+    name: what was measured.
+    ours: this package's value, in `unit`.
+    other: the other side's; None where there is none.
+    unit: of both.
+    spread: e.g. the quartiles of both sides, for people.
+    target: largest ratio ours / other that is aimed at; None without one.
+    higher_is_better: whether the ratio is to be read as other / ours for the target.
+    details: further numbers for the JSON.
+  """
+
+  name: str
+  ours: float
+  other: float | None = None
+  unit: str = "s"
+  spread: str = ""
+  target: float | None = None
+  higher_is_better: bool = False
+  details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  @property
+  def ratio(self) -> float | None:
+    """Ours / other; None where there is no other side."""
+    return None if self.other is None else self.ours / self.other
+
+
+def timed_row(name: str, ours: Timing, other: Timing, *, target: float | None = None, **details: Any) -> Row:
+  """A row of two timings: medians, their ratio, and the quartiles of both."""
+  spread = "; ".join(f"{low:.4g}..{high:.4g}" for low, high in (ours.quartiles, other.quartiles))
+  runs = {"ours": ours.to_json(), "other": other.to_json()}
+  return Row(name, ours.median, other.median, spread=spread, target=target, details=runs | details)
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+  """A parser with the flags of every benchmark: --json and --short."""
+  made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+  made.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+  made.add_argument("--short", action="store_true", help="small sizes: seconds instead of minutes, no claim")
+  return made
+
+
+def machine(device: str | None = None) -> dict[str, Any]:
+  """What the numbers hold for: versions, processor, cores, load, device."""
+  versions = {}
+  for name in _VERSIONED:
+    try:
+      versions[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      continue
+  return {
+    "python": platform.python_version(),
+    "versions": versions,
+    "processor": _processor(),
+    "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    "load": round(os.getloadavg()[0], 2),
+    "device": device or "cpu",
+    "date": time.strftime("%Y-%m-%d"),
+  }
+
+
+def _processor() -> str:
+  try:
+    with open("/proc/cpuinfo") as file:
+      names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+  except OSError:
+    return platform.processor() or platform.machine()
+
+
+def present(
+  title: str,
+  rows: Sequence[Row],
+  *,
+  as_json: bool,
+  device: str | None = None,
+  other: str = "other",
+  notes: Sequence[str] = (),
+) -> None:
+  """Prints a benchmark's result.
+
+  Args:
+    title: what was measured.
+    rows: the lines.
+    as_json: print one JSON object instead of a table.
+    device: where it ran; None for the CPU.
+    other: name of the other side.
+    notes: lines below the table.
+  """
+  facts = machine(device)
+  if as_json:
+    content = [dataclasses.asdict(row) | {"ratio": row.ratio, "details": dict(row.details)} for row in rows]
+    print(json.dumps({"title": title, "machine": facts, "other": other, "rows": content, "notes": list(notes)}))
+    return
+  console = Console(width=None if sys.stdout.isatty() else 120)
+  result = table.Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+  for heading in ("", "unit", "ours", other, "ours / other", "target", "quartiles: ours; other"):
+    result.add_column(heading, justify="left" if heading in ("", "unit") else "right")
+  for row in rows:
+    result.add_row(
+      row.name,
+      row.unit,
+      f"{row.ours:.4g}",
+      "-" if row.other is None else f"{row.other:.4g}",
+      "-" if row.ratio is None else f"{row.ratio:.3f}",
+      "-" if row.target is None else f"{'>=' if row.higher_is_better else '<='} {row.target:g}",
+      row.spread,
+    )
+  console.print(result)
+  versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+  console.print(f"{facts['device']} of {facts['processor']}, {facts['cores']} cores, load {facts['load']}; {versions}")
+  for note in notes:
+    console.print(note, markup=False, highlight=False)
+
+
+def run(main: Callable[[], None]) -> None:
+  """Runs a benchmark's main; what cannot be compared is told in one line, exit code 1."""
+  try:
+    main()
+  except NotComparableError as error:
+    print(f"error: not comparable, so no ratio is given: {error}", file=sys.stderr)
+    sys.exit(1)

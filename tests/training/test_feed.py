@@ -1,0 +1,71 @@
+import itertools
+import threading
+import time
+
+import pytest
+
+from selfreg_jax.errors import FaultError
+from selfreg_jax.training.feed import Feed
+
+
+def make_feed(batches, *, timeout=10.0, place=lambda batch: batch):
+  return Feed(iter(batches), place, start_step=7, timeout=timeout, describe=lambda step: f"cases of {step}")
+
+
+def test_batches_come_in_order_and_are_placed_ahead():
+  placed = []
+
+  def place(batch):
+    placed.append(batch)
+    return -batch
+
+  with make_feed(itertools.count(1), place=place) as feed:
+    assert [feed.next() for _ in range(3)] == [-1, -2, -3]
+    for _ in range(200):
+      if len(placed) > 3:
+        break
+      time.sleep(0.01)
+  assert len(placed) > 3
+
+
+def test_an_error_of_the_reading_thread_names_step_and_cases():
+  def batches():
+    yield 1
+    raise OSError("stale file handle")
+
+  with make_feed(batches()) as feed:
+    assert feed.next() == 1
+    with pytest.raises(FaultError, match=r"step 8 .*OSError: stale file handle.*cases of 8"):
+      feed.next()
+
+
+def test_reading_that_hangs_is_told_in_time():
+  hang = threading.Event()
+
+  def batches():
+    hang.wait()
+    yield 1
+
+  start = time.monotonic()
+  with make_feed(batches(), timeout=0.2) as feed, pytest.raises(FaultError, match="step 7 has taken more than"):
+    feed.next()
+  hang.set()
+  assert time.monotonic() - start < 5
+
+
+def test_waiting_is_counted():
+  def batches():
+    time.sleep(0.2)
+    yield 1
+    yield 2
+
+  with make_feed(batches()) as feed:
+    feed.next()
+    assert feed.waited > 0.1
+    feed.restart_clock()
+    assert feed.waited == 0
+
+
+def test_a_stream_that_ends_is_an_error():
+  with make_feed([]) as feed, pytest.raises(FaultError, match="ended"):
+    feed.next()
