@@ -91,7 +91,7 @@ def take_over_case(job: Job) -> Outcome:
     outcome = Outcome(case, warnings=tuple(record["warnings"]))
   except FileNotFoundError:
     return _NOT_DONE
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+  except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
     return Outcome(faults=(f"its record cannot be used ({error})",))
   if key != _key(job):
     return Outcome(faults=("prepared with other options, or its files have changed since",))
