@@ -44,6 +44,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
+from benchmarks import measuring
 from configs import synapse_swin_unet, synapse_unet
 from selfreg_jax import config as configs
 from selfreg_jax import mesh as meshes
@@ -462,10 +463,9 @@ def describe(machine: Machine) -> str:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
   """The flags; argparse exits with 2 where they are wrong."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = measuring.parser(__doc__)
   parser.add_argument("--network", type=_names, default=tuple(_RECIPES), help="unet, swin_unet or both")
   parser.add_argument("--devices", type=_counts, default=(1, 2, 4, 8), help="virtual devices to compile for")
-  parser.add_argument("--short", action="store_true", help="narrow networks on 32 pixels")
   parser.add_argument("--widths", type=_counts, help="channels of the UNet's stages")
   parser.add_argument("--image_size", type=int, help="pixels a side; the recipe's by default")
   parser.add_argument("--batch_size", type=int, help="slices of a global batch; the recipe's by default")
@@ -480,7 +480,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
   parser.add_argument("--within", type=int, help="devices that fast links join")
   parser.add_argument("--hop_us", type=float, help="microseconds of latency of a hop")
   parser.add_argument("--hops", choices=["tree", "ring", "torus"], help="how small all-reduces travel")
-  parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
   return parser.parse_args(argv)
 
 
@@ -526,8 +525,8 @@ def main(arguments: argparse.Namespace) -> None:
     if not arguments.json:
       print_report(found[-1], machine)
   if arguments.json:
-    content = {"networks": found, "machine": dataclasses.asdict(machine), "jax": jax.__version__}
-    print(json.dumps(content, indent=1))
+    facts = {"assumed": dataclasses.asdict(machine), "compiled_on": measuring.machine()}
+    print(json.dumps({"networks": found} | facts))
 
 
 if __name__ == "__main__":
