@@ -1,6 +1,6 @@
 """What a training step communicates, read from its compiled program, and what that should cost on paper.
 
-  python -m benchmarks.scaling           # both networks of the paper, 1 to 8 devices: 10 minutes on two cores
+  python -m benchmarks.scaling           # both networks of the paper, 1 to 8 devices: 3 minutes of CPU time
   python -m benchmarks.scaling --short   # narrow networks: 1 minute
   python -m benchmarks.scaling --network=unet --devices=8 --machine=v5e --json
 
@@ -315,9 +315,9 @@ class Machine:
 MACHINES = {
   # NVLink 4: 450 GB/s each way. InfiniBand NDR, a card for each GPU: 50 GB/s. A tenth of the dense bfloat16 peak.
   "h100": Machine(within=8, fast=450e9, slow=50e9, hop=3e-6, hops="tree", flops=100e12),
-  # Four ICI links of 50 GB/s each way, of which a ring through the mesh uses two. A pod slice has up to 256 chips; a
-  # fifth of the bfloat16 peak.
-  "v5e": Machine(within=256, fast=100e9, slow=6.25e9, hop=1e-6, hops="torus", flops=40e12),
+  # Four ICI links of 50 GB/s each way, of which a ring through the mesh uses two. A slice has up to 256 chips; beyond
+  # lies the data center's network, 25 Gbit/s a chip. A fifth of the bfloat16 peak.
+  "v5e": Machine(within=256, fast=100e9, slow=3.125e9, hop=1e-6, hops="torus", flops=40e12),
 }
 
 
