@@ -480,7 +480,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
   parser.add_argument("--within", type=int, help="devices that fast links join")
   parser.add_argument("--hop_us", type=float, help="microseconds of latency of a hop")
   parser.add_argument("--hops", choices=["tree", "ring", "torus"], help="how small all-reduces travel")
-  return parser.parse_args(argv)
+  arguments = parser.parse_args(argv)
+  if max(arguments.devices) == 1:
+    parser.error("--devices=1: one device communicates nothing, and the estimate would have nothing to go by")
+  return arguments
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -156,7 +156,7 @@ def test_flags_change_the_assumed_machine():
   assert machine.slow == scaling.MACHINES["v5e"].slow
 
 
-@pytest.mark.parametrize("flags", [["--network=resnet"], ["--devices=0"], ["--machine=abacus"]])
+@pytest.mark.parametrize("flags", [["--network=resnet"], ["--devices=0"], ["--devices=1"], ["--machine=abacus"]])
 def test_wrong_flags_exit_with_2(flags, capsys):
   with pytest.raises(SystemExit) as stop:
     scaling.parse_arguments(flags)
