@@ -26,8 +26,8 @@ class Cluster:
   """How a process finds the others.
 
   Attributes:
-    distributed: "auto" (several processes where the environment says so: srun, mpirun, a TPU pod slice, JAX's own
-      variables), "on" or "off".
+    distributed: "auto" (several processes where the environment says so: srun, mpirun, a TPU slice on GKE), "on" (JAX
+      asks the environment, and on TPU VMs the machine's metadata, for the rest) or "off".
     coordinator: HOST:PORT of process 0, where the environment does not say it.
     num_processes: number of processes, likewise.
     process_id: this one's number, from 0, likewise.
@@ -58,7 +58,7 @@ def detected(environment: Mapping[str, str]) -> str | None:
 
   A batch script that merely runs inside an allocation of several tasks is one process: it was not started by srun.
   """
-  counts = {"SLURM_STEP_NUM_TASKS": "SLURM", "OMPI_COMM_WORLD_SIZE": "mpirun", "JAX_NUM_PROCESSES": "JAX's variables"}
+  counts = {"SLURM_STEP_NUM_TASKS": "SLURM", "OMPI_COMM_WORLD_SIZE": "mpirun"}
   for name, what in counts.items():
     if environment.get(name, "").isdigit() and int(environment[name]) > 1:
       return what
