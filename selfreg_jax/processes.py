@@ -7,6 +7,7 @@ What is done once (locks, logs, checkpoints) is done by process 0. With one proc
 import contextlib
 import dataclasses
 import os
+import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -85,6 +86,12 @@ def start(cluster: Cluster) -> None:
     return
   import jax
 
+  # JAX ends a process whose companions never come, without a word of ours: so this one comes first.
+  who = (
+    f"process {cluster.process_id} of {cluster.num_processes} at {cluster.coordinator}" if given else "one of several"
+  )
+  minutes = _SECONDS_TO_MEET // 60
+  print(f"starting as {who}: waiting up to {minutes} minutes until all have started", file=sys.stderr, flush=True)
   # Signals are ours (`StopVote`): the service would catch SIGTERM before Python sees it, and knows no Ctrl-C.
   jax.config.update("jax_enable_preemption_service", False)
   try:
