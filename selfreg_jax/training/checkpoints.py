@@ -38,6 +38,9 @@ from selfreg_jax.training.step import TrainState
 METRIC = "val_dice"
 FOLDER = "checkpoints"
 DAMAGED_FOLDER = "damaged_checkpoints"
+# Checkpoints on their way out are moved here, inside of `checkpoints/`, before their files are deleted one by one: a
+# kill in between must not leave half of one among the whole ones.
+SUPERSEDED_FOLDER = "superseded"
 
 # The newest, and the one before it in case the newest turns out to be damaged.
 _LATEST_KEPT = 2
@@ -167,9 +170,9 @@ def place(host_state: TrainState, mesh: Mesh) -> TrainState:
   return state.replace(key=wrap(state.key))
 
 
-def find(workdir: str | os.PathLike) -> list[Checkpoint]:
+def find(workdir: str | os.PathLike, folder_name: str = FOLDER) -> list[Checkpoint]:
   """The complete checkpoints of a workdir, oldest first; a folder that is being written has another name."""
-  folder = pathlib.Path(workdir).absolute() / FOLDER
+  folder = pathlib.Path(workdir).absolute() / folder_name
   names = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
   return sorted(map(Checkpoint, names), key=lambda checkpoint: checkpoint.step)
 
@@ -197,6 +200,7 @@ def latest_whole(
     DamagedError: there are checkpoints, but none is whole; they stay where they are.
   """
   damaged: list[tuple[Checkpoint, DamagedError]] = []
+  _put_back(workdir)
   for checkpoint in reversed(find(workdir)):
     try:
       result = use(checkpoint)
@@ -212,6 +216,14 @@ def latest_whole(
       "--workdir to start anew:\n  " + "\n  ".join(str(error) for _, error in damaged)
     )
   return None
+
+
+def _put_back(workdir: str | os.PathLike) -> None:
+  """Restores a checkpoint that was to be replaced by one of the same step, where a kill or a fault came in between."""
+  found = find(workdir)
+  for checkpoint in find(pathlib.Path(workdir, FOLDER), SUPERSEDED_FOLDER):
+    if not found or checkpoint.step > found[-1].step:  # else it made room for newer ones
+      checkpoint.path.rename(pathlib.Path(workdir, FOLDER, checkpoint.path.name))
 
 
 class CheckpointWriter:
@@ -237,11 +249,14 @@ class CheckpointWriter:
       preservation_policy=policy,
       best_fn=_metric,
       cleanup_tmp_directories=True,
+      todelete_subdir=SUPERSEDED_FOLDER,
       multiprocessing_options=_alone(),
       # Orbax creates the folder for all processes together, and asks for it to be there where only one takes part.
       create=jax.process_count() == 1,
     )
     (self._workdir / FOLDER).mkdir(exist_ok=True)
+    _put_back(self._workdir)
+    self._delete_superseded()
     return ocp.CheckpointManager(self._workdir / FOLDER, options=options)
 
   def save(
@@ -325,11 +340,15 @@ class CheckpointWriter:
       self._manager.wait_until_finished()
     except Exception as error:  # of the file system, through several layers
       raise self._failure(error) from error
+    self._delete_superseded()
+
+  def _delete_superseded(self) -> None:
+    shutil.rmtree(self._workdir / FOLDER / SUPERSEDED_FOLDER, ignore_errors=True)
 
   def _failure(self, error: Exception) -> SaveError:
     """What to say of a failed save; the writer is then as new, and nothing half-written is left."""
     for path in (self._workdir / FOLDER).iterdir():
-      if not path.name.isdigit():
+      if not path.name.isdigit() and path.name != SUPERSEDED_FOLDER:
         shutil.rmtree(path, ignore_errors=True)
     self._manager = self._open()
     whole = self._manager.latest_step()

@@ -1,0 +1,58 @@
+"""Two processes over loopback: what becomes of the other when one is killed or asked to stop, and of the run."""
+
+import signal
+import time
+
+import pytest
+
+from tests.faults import harness
+
+STEPS = 40
+FIELDS = {"train__steps": STEPS, "train__validate_every": 10, "train__checkpoint_every": 4}
+SECONDS_TO_END = 120  # heartbeats are missed for 60 s before a process is given up
+
+
+@pytest.fixture(scope="module")
+def whole(prepared, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("pair")
+  for run in harness.start_pair(prepared, folder / "run", folder, "whole", **FIELDS):
+    assert run.wait() == 0, run.output
+  return folder / "run"
+
+
+def finish(prepared, tmp_path):
+  """Starts both again and waits for the end."""
+  for run in harness.start_pair(prepared, tmp_path / "run", tmp_path, "again", **FIELDS):
+    assert run.wait() == 0, run.output
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_is_killed(prepared, whole, tmp_path, victim):
+  runs = harness.start_pair(prepared, tmp_path / "run", tmp_path, "killed", **FIELDS)
+  runs[victim].until(lambda: harness.last_step(tmp_path / "run") >= 9)
+  assert runs[victim].kill()
+  start = time.monotonic()
+  other = runs[1 - victim]
+  code = other.wait(SECONDS_TO_END)
+  print(f"\nprocess {victim} killed: the other one ended with {code} after {time.monotonic() - start:.0f} s")
+  print(other.output[-600:])
+  assert code != 0
+  newest = harness.steps_saved(tmp_path / "run")[-1]
+  assert newest >= 4
+  finish(prepared, tmp_path)
+  assert harness.resumptions(tmp_path / "run") == [newest]
+  harness.assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_one_is_asked_to_stop(prepared, whole, tmp_path, asked):
+  runs = harness.start_pair(prepared, tmp_path / "run", tmp_path, "stopped", **FIELDS)
+  runs[asked].until(lambda: harness.last_step(tmp_path / "run") >= 9)
+  runs[asked].signal(signal.SIGTERM)
+  assert [run.wait() for run in runs] == [75, 75], [run.output for run in runs]
+  newest = harness.steps_saved(tmp_path / "run")[-1]
+  for run in runs:
+    assert f"after step {newest}, which is saved" in run.output
+  finish(prepared, tmp_path)
+  assert harness.resumptions(tmp_path / "run") == [newest]
+  harness.assert_same_run(tmp_path / "run", whole)
