@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -359,9 +360,11 @@ class CheckpointWriter:
     )
 
   def __enter__(self) -> "CheckpointWriter":
+    self._unraisablehook, sys.unraisablehook = sys.unraisablehook, _quiet(sys.unraisablehook)
     return self
 
   def __exit__(self, *exception) -> None:
+    sys.unraisablehook = self._unraisablehook
     # Waits for what is being written, also when the run ends in an error: a checkpoint taken is a checkpoint kept.
     if self._manager is not None:
       try:
@@ -486,6 +489,16 @@ def _reason(error: BaseException) -> str:
         return words
     found = found.__cause__ or found.__context__
   return _one_line(error)
+
+
+def _quiet(hook: Callable[[Any], None]) -> Callable[[Any], None]:
+  """A `sys.unraisablehook` without the tracebacks, one a file, of writes that fail after Orbax has given up a save."""
+
+  def report(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+      hook(unraisable)
+
+  return report
 
 
 def _one_line(error: BaseException) -> str:

@@ -44,7 +44,7 @@ class Run:
     log: the file with its standard output and error.
   """
 
-  def __init__(self, program, *flags, log, devices=1, before=None, environment=None):
+  def __init__(self, program, *flags, log, devices=1, disk=None):
     own = {
       "PYTHONPATH": str(ROOT),
       "JAX_PLATFORMS": "cpu",
@@ -57,12 +57,12 @@ class Run:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
       }
     command = [sys.executable, str(ROOT / program), *flags]
-    if before:  # a shell command, in namespaces of its own: what it mounts is gone with the process
-      command = ["unshare", "-rm", "sh", "-c", f'{before} && exec "$@"', "sh", *command]
+    if disk:
+      command = [*disk.enter, *command]
     self.log = pathlib.Path(log)
     with self.log.open("w") as stream:
       self.process = subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | own | (environment or {}), stdout=stream, stderr=subprocess.STDOUT
+        command, cwd=ROOT, env=os.environ | own, stdout=stream, stderr=subprocess.STDOUT
       )
 
   def wait(self, seconds=PATIENCE):
@@ -130,9 +130,9 @@ def make_config(prepared, **fields):
   return config
 
 
-def start_training(prepared, workdir, log, *, devices=1, before=None, flags=(), **fields):
+def start_training(prepared, workdir, log, *, devices=1, disk=None, flags=(), **fields):
   """train.py in a process of its own."""
-  return Run("train.py", *train_flags(prepared, workdir, **fields), *flags, log=log, devices=devices, before=before)
+  return Run("train.py", *train_flags(prepared, workdir, **fields), *flags, log=log, devices=devices, disk=disk)
 
 
 def train_whole(prepared, workdir, log, **options):
@@ -142,20 +142,27 @@ def train_whole(prepared, workdir, log, **options):
   return run
 
 
-def start_pair(prepared, workdir, folder, name, *, processes=2, devices=2, program=start_training, **fields):
+def start_together(prepared, workdir, folder, name, *, processes=2, devices=2, **fields):
   """train.py in several processes that find each other over loopback."""
   port = free_port()
   return [
-    program(
+    start_training(
       prepared,
       workdir,
       pathlib.Path(folder) / f"{name}_{index}.txt",
       devices=devices,
-      flags=[f"--coordinator=localhost:{port}", f"--num_processes={processes}", f"--process_id={index}"],
+      flags=cluster_flags(port, processes, index),
       **fields,
     )
     for index in range(processes)
   ]
+
+
+def cluster_flags(port, processes, index):
+  """Flags by which one of several processes finds the others; none where it is alone."""
+  if processes == 1:
+    return []
+  return [f"--coordinator=localhost:{port}", f"--num_processes={processes}", f"--process_id={index}"]
 
 
 def free_port():
@@ -193,19 +200,18 @@ def last_step(workdir):
   return 0
 
 
-def last_state(workdir):
-  """Every array of the newest checkpoint, by name, as `Checkpoint.read` verifies and restores them."""
-  return _leaves(checkpoints.find(workdir)[-1])
+def state_of(checkpoint):
+  """Every array of a checkpoint, by name, as `Checkpoint.read` verifies and restores them."""
+  return leaves(checkpoint.read(abstract_state(checkpoint)))
 
 
-def _leaves(checkpoint):
-  return {
-    jax.tree_util.keystr(path): np.asarray(leaf)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(checkpoint.read(_abstract_state(checkpoint)))
-  }
+def leaves(tree):
+  """NumPy arrays by their names in a tree."""
+  return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _abstract_state(checkpoint):
+def abstract_state(checkpoint):
+  """Shapes and dtypes of the state that a checkpoint holds."""
   config, dataset = checkpoint.config, checkpoint.dataset
   model = build_model(config.model, len(dataset.classes))
   optimizer = optimizers.make_optimizer(config.optimizer, optimizers.make_schedule(config.optimizer, 10, 10))
@@ -218,14 +224,16 @@ def _abstract_state(checkpoint):
   return jax.eval_shape(initial)
 
 
+def assert_same_bytes(ours, theirs):
+  """Arrays by name are the same, bit for bit."""
+  assert ours.keys() == theirs.keys()
+  assert [name for name in ours if ours[name].dtype != theirs[name].dtype] == []
+  assert [name for name in ours if ours[name].tobytes() != theirs[name].tobytes()] == []
+
+
 def assert_same_state(workdir, reference):
   """The newest checkpoints of two workdirs hold the same bytes."""
-  ours, theirs = last_state(workdir), last_state(reference)
-  assert ours.keys() == theirs.keys()
-  different = [
-    name for name, value in ours.items() if value.tobytes() != theirs[name].tobytes() or value.dtype != theirs[name].dtype
-  ]
-  assert not different
+  assert_same_bytes(*(state_of(checkpoints.find(folder)[-1]) for folder in (workdir, reference)))
 
 
 def metric_lines(workdir):
@@ -312,22 +320,20 @@ class Kill(NamedTuple):
   deleting: bool
 
 
-def kill_and_go_on(prepared, folder, rng, count, **fields):
+def kill_and_go_on(prepared, folder, rng, moments, **fields):
   """A run under FOLDER/run that is killed again and again, each time at another moment, and then left to its end.
 
   Args:
     prepared: dataset.
     folder: for the workdir and what the processes print.
-    rng: chooses the moments.
-    count: of kills.
+    rng: chooses how long to wait at each moment.
+    moments: of the kills: "start" (before the first step), "step", "writing" (a checkpoint) or "deleting" (an old one).
     **fields: of the config.
 
   Returns:
     The kills; each was followed by a run that went on from the newest complete checkpoint.
   """
   workdir, kills, newest = folder / "run", [], 0
-  moments = (["writing", "step", "deleting", "writing", "start"] * count)[:count]
-  rng.shuffle(moments)
   for number, moment in enumerate(moments):
     run = start_training(prepared, workdir, folder / f"{number}.txt", **fields)
     begun, said = newest, len(resumptions(workdir))
@@ -357,6 +363,47 @@ def _check_goes_on(workdir, said, newest):
   """A run that came as far as to say so went on from the newest checkpoint that was complete when it began."""
   new = resumptions(workdir)[said:]
   assert new in ([], [newest] if newest else []), (new, newest)
+
+
+class Disk:
+  """A small file system in memory, in a mount namespace of its own, which lives as long as this object is entered.
+
+  Attributes:
+    folder: where processes that `Run(disk=...)` starts see it.
+    outside: where this process sees it.
+    enter: the command that runs another one with it.
+  """
+
+  def __init__(self, folder, size):
+    self.folder = folder
+    script = f"mount -t tmpfs -o size={size} none '{folder}' && echo mounted && exec sleep 3600"
+    self._holder = subprocess.Popen(["unshare", "-rm", "sh", "-c", script], stdout=subprocess.PIPE)
+    assert self._holder.stdout.readline() == b"mounted\n"
+    self.outside = pathlib.Path(f"/proc/{self._holder.pid}/root{folder}")
+    self.enter = ["nsenter", "-t", str(self._holder.pid), "-U", "-m", "--preserve-credentials"]
+
+  def fill(self, *, leaving=0):
+    """Fills it up but for so many bytes."""
+    room = os.statvfs(self.outside)
+    filler = self.outside / "filler"
+    with filler.open("wb") as stream:
+      stream.write(bytes(max(room.f_bavail * room.f_bsize - leaving, 0)))
+
+  def make_room(self):
+    """Undoes `fill`."""
+    (self.outside / "filler").unlink()
+
+  def make_read_only(self):
+    """Mounts it anew, read-only."""
+    subprocess.run([*self.enter, "mount", "-o", "remount,ro", str(self.folder)], check=True)
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exception):
+    self._holder.kill()
+    self._holder.wait()
+    self._holder.stdout.close()
 
 
 @functools.cache

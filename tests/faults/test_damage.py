@@ -1,5 +1,6 @@
 """Damaged bytes: of every file of a checkpoint, of prepared data; what is used is whole, or it is refused by name."""
 
+import itertools
 import re
 import shutil
 
@@ -7,9 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-import selfreg_jax as sr
 from selfreg_jax.errors import UserError
-from selfreg_jax.training import loop
+from selfreg_jax.training import checkpoints, loop
 from tests.faults import harness
 
 FIELDS = {"train__steps": 6, "train__validate_every": 2, "train__checkpoint_every": 0}
@@ -49,51 +49,85 @@ def files_of(workdir, step):
   return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
+@pytest.fixture(scope="module")
+def saved_states(runs):
+  """Every array of the checkpoints of steps 2 and 4."""
+  _, _, killed = runs
+  return {checkpoint.step: harness.state_of(checkpoint) for checkpoint in checkpoints.find(killed)}
+
+
 @pytest.mark.parametrize("damage", harness.DAMAGES)
-def test_every_file_of_the_latest_checkpoint(runs, tmp_path, damage):
-  config, whole, killed = runs
+def test_every_file_of_the_latest_checkpoint(runs, saved_states, tmp_path, damage):
+  config, _, killed = runs
+  plan = loop.make_plan(config, killed, jax.devices()[:1])
+  abstract = harness.abstract_state(checkpoints.find(killed)[-1])
   outcomes = {}
   for name in files_of(killed, 4):
     workdir = shutil.copytree(killed, tmp_path / "run")
-    if not harness.DAMAGES[damage](workdir / "checkpoints" / "4" / name):
-      outcomes[name] = "nothing to damage"
-    else:
-      train(config, workdir)
-      outcomes[name] = check_outcome(workdir, whole, name)
+    if harness.DAMAGES[damage](workdir / "checkpoints" / "4" / name):
+      said = []
+      resumed = loop.resume(workdir, plan, abstract, said.append, override=False)
+      harness.assert_same_bytes(harness.leaves(resumed.state), saved_states[resumed.step])
+      outcomes[name] = check_outcome(workdir, resumed.step, said, name)
     shutil.rmtree(workdir)
-  print(f"\n{damage}: " + "".join(f"\n  {name}: {outcome}" for name, outcome in outcomes.items()))
+  print_outcomes(damage, outcomes)
   unharmed = [name for name, outcome in outcomes.items() if outcome == "not needed"]
   assert [name for name in unharmed if not HARMLESS.fullmatch(name)] == []
 
 
-def check_outcome(workdir, whole, name):
-  """Whether the checkpoint was set aside or its damage did not matter; the run ended as it should, either way."""
-  begun = harness.resumptions(workdir)[-1]
-  log = (workdir / "train.log").read_text()
-  harness.assert_same_run(workdir, whole)
-  if begun == 4:
+def check_outcome(workdir, step, said, name):
+  """Whether the checkpoint was set aside, whole but for the damage, or its damage did not matter."""
+  if step == 4:
+    assert said == []
     assert not (workdir / "damaged_checkpoints").exists()
-    assert "damaged" not in log
     return "not needed"
-  assert begun == 2
-  assert [path.name for path in (workdir / "damaged_checkpoints").iterdir()] == ["4"]
+  assert step == 2
+  aside = workdir / "damaged_checkpoints" / "4"
   item = name.partition("/")[0]
-  assert re.search(rf"damaged  .*checkpoints/4(/{item})?: ", log), log
-  assert "going on from step 2" in log
+  item = r"\w+" if item == "checksums" else item  # a checksum that changed speaks against what it is of
+  assert re.fullmatch(rf"damaged  .*checkpoints/4/{item}: .*\n +set aside as {aside}; going on from step 2", said[0]), said
+  assert aside.is_dir()
   return "set aside"
+
+
+def print_outcomes(damage, outcomes):
+  print(f"\n{damage}:", *(f"  {name}: {outcome}" for name, outcome in outcomes.items()), sep="\n")
+
+
+def representatives(workdir, step):
+  """A file of each item of a checkpoint, of arrays also the tables of contents."""
+  return [
+    name
+    for name in files_of(workdir, step)
+    if re.fullmatch(r".*/(metadata|metrics|_METADATA)|(training|variables)/(manifest\.ocdbt|d/\w+)", name)
+  ]
+
+
+def test_the_run_ends_as_it_would_have(runs, tmp_path):
+  config, whole, killed = runs
+  names = representatives(killed, 4)
+  for name, damage in zip(names, itertools.cycle(harness.DAMAGES), strict=False):
+    workdir = shutil.copytree(killed, tmp_path / "run")
+    harness.DAMAGES[damage](workdir / "checkpoints" / "4" / name)
+    train(config, workdir)
+    assert harness.resumptions(workdir) == [2]
+    assert "going on from step 2" in (workdir / "train.log").read_text()
+    harness.assert_same_run(workdir, whole)
+    shutil.rmtree(workdir)
+  print(f"\n{len(names)} runs")
 
 
 @pytest.mark.parametrize("damage", harness.DAMAGES)
 def test_prediction_with_every_file_of_its_checkpoint(runs, tmp_path, damage):
   _, _, killed = runs
-  expected = jax.tree.map(np.asarray, sr.load(killed, checkpoint="latest").variables)
+  expected = checkpoints.load_trained(killed, checkpoint="latest").variables
   outcomes = {}
   for name in files_of(killed, 4):
     workdir = shutil.copytree(killed, tmp_path / "run")
     if harness.DAMAGES[damage](workdir / "checkpoints" / "4" / name):
       for checkpoint in ("latest", "best"):
         try:
-          loaded = sr.load(workdir, checkpoint=checkpoint)
+          loaded = checkpoints.load_trained(workdir, checkpoint=checkpoint)
           if loaded.step == 4:
             jax.tree.map(np.testing.assert_array_equal, loaded.variables, expected)
           outcomes[name, checkpoint] = f"step {loaded.step}"
@@ -101,19 +135,19 @@ def test_prediction_with_every_file_of_its_checkpoint(runs, tmp_path, damage):
           assert "checkpoints/4" in str(error)
           outcomes[name, checkpoint] = "refused"
     shutil.rmtree(workdir)
-  print(f"\n{damage}: " + "".join(f"\n  {name}: {outcome}" for name, outcome in outcomes.items()))
+  print_outcomes(damage, outcomes)
 
 
 @pytest.mark.parametrize("damage", harness.DAMAGES)
-def test_every_file_of_an_older_checkpoint_is_of_no_concern(runs, tmp_path, damage):
+@pytest.mark.parametrize("item", ["metrics", "config", "best", "checksums", "variables"])
+def test_an_older_checkpoint_is_of_no_concern(runs, tmp_path, damage, item):
   config, whole, killed = runs
-  for name in files_of(killed, 2):
-    workdir = shutil.copytree(killed, tmp_path / "run")
-    harness.DAMAGES[damage](workdir / "checkpoints" / "2" / name)
-    train(config, workdir)
-    assert harness.resumptions(workdir)[-1] == 4
-    harness.assert_same_state(workdir, whole)
-    shutil.rmtree(workdir)
+  workdir = shutil.copytree(killed, tmp_path / "run")
+  [name] = [name for name in files_of(killed, 2) if re.fullmatch(rf"{item}/(metadata|metrics|_METADATA)", name)]
+  harness.DAMAGES[damage](workdir / "checkpoints" / "2" / name)
+  train(config, workdir)
+  assert harness.resumptions(workdir) == [4]
+  harness.assert_same_state(workdir, whole)
 
 
 @pytest.mark.parametrize("damage", harness.DAMAGES)
