@@ -97,6 +97,10 @@ class Checkpoint:
     """Mean foreground Dice on the validation cases at this step; None where there was no validation."""
     return self._documents["metrics"].get(METRIC)
 
+  def check_documents(self) -> None:
+    """Raises DamagedError where anything but the arrays is not what was saved."""
+    _ = self._documents
+
   @functools.cached_property
   def _checksums(self) -> dict[str, Any]:
     return self._read_json("checksums")
@@ -187,7 +191,9 @@ def best_of(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
 def latest_whole(
   workdir: str | os.PathLike, use: Callable[[Checkpoint], Any], say: Callable[[str], None]
 ) -> Any | None:
-  """What can be made of the newest checkpoint that is whole; damaged ones that are newer are set aside.
+  """What can be made of the newest checkpoint that is whole; damaged ones are set aside.
+
+  Of checkpoints that are older than it only the documents are checked, not the arrays.
 
   Args:
     workdir: the folder.
@@ -201,22 +207,25 @@ def latest_whole(
     DamagedError: there are checkpoints, but none is whole; they stay where they are.
   """
   damaged: list[tuple[Checkpoint, DamagedError]] = []
+  newest, result = None, None
   _put_back(workdir)
   for checkpoint in reversed(find(workdir)):
     try:
-      result = use(checkpoint)
+      if newest is None:
+        newest, result = checkpoint, use(checkpoint)
+      else:
+        checkpoint.check_documents()  # which Orbax reads of all checkpoints, and stops at
     except DamagedError as error:
+      newest = None if newest is checkpoint else newest
       damaged.append((checkpoint, error))
-      continue
-    for bad, error in damaged:
-      say(f"damaged  {error}\n         set aside as {bad.set_aside()}; going on from step {checkpoint.step}")
-    return result
-  if damaged:
+  if damaged and newest is None:
     raise DamagedError(
       f"{workdir}: none of the {len(damaged)} checkpoint(s) is whole; restore them from a copy, or give another "
       "--workdir to start anew:\n  " + "\n  ".join(str(error) for _, error in damaged)
     )
-  return None
+  for bad, error in damaged:
+    say(f"damaged  {error}\n         set aside as {bad.set_aside()}; going on from step {newest.step}")
+  return result
 
 
 def _put_back(workdir: str | os.PathLike) -> None:

@@ -61,9 +61,7 @@ class Run:
       command = [*disk.enter, *command]
     self.log = pathlib.Path(log)
     with self.log.open("w") as stream:
-      self.process = subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | own, stdout=stream, stderr=subprocess.STDOUT
-      )
+      self.process = subprocess.Popen(command, cwd=ROOT, env=os.environ | own, stdout=stream, stderr=subprocess.STDOUT)
 
   def wait(self, seconds=PATIENCE):
     """The exit code (minus the signal's number after a kill); a process that hangs is killed and fails the test."""

@@ -27,7 +27,9 @@ def data(tmp_path_factory):
 
 
 def train(data, folder, processes, devices, **fields):
-  for run in harness.start_together(data, folder / "run", folder, "log", processes=processes, devices=devices, **fields):
+  for run in harness.start_together(
+    data, folder / "run", folder, "log", processes=processes, devices=devices, **fields
+  ):
     assert run.wait() == 0, run.output
   return harness.metric_lines(folder / "run")
 
@@ -54,7 +56,7 @@ def compare(ours, expected, what):
   largest = {
     name: max(abs(a[name] / b[name] - 1) for a, b in zip(ours, expected, strict=True) if b.get(name)) for name in losses
   }
-  print(f"\n{what}: largest relative difference of train/total {largest['train/total']:.1e}, of any {max(largest.values()):.1e}")
+  print(f"\n{what}: largest relative difference {largest['train/total']:.1e}, of any term {max(largest.values()):.1e}")
   assert largest["train/total"] < 1e-5
   np.testing.assert_allclose(ours[-1]["val/dice"], expected[-1]["val/dice"], atol=2e-3)
 
