@@ -52,12 +52,14 @@ def test_losses_are_those_of_one_device(data, network, tmp_path, processes, devi
 def compare(ours, expected, what):
   """Losses agree to 1e-5; the validation Dice, of argmaxima, to a few voxels."""
   assert [line["step"] for line in ours] == [line["step"] for line in expected]
-  losses = [name for name in expected[0] if name.startswith("train/") and name != "train/learning_rate"]
   largest = {
-    name: max(abs(a[name] / b[name] - 1) for a, b in zip(ours, expected, strict=True) if b.get(name)) for name in losses
+    name: max(abs(a[name] / b[name] - 1) for a, b in zip(ours, expected, strict=True) if name in b)
+    for name in ("train/total", "train/ce", "train/dice", "train/scr", "train/ifd", "train/grad_norm")
   }
-  print(f"\n{what}: largest relative difference {largest['train/total']:.1e}, of any term {max(largest.values()):.1e}")
-  assert largest["train/total"] < 1e-5
+  print(f"\n{what}: largest relative differences", *(f"{name} {value:.1e}" for name, value in largest.items()))
+  # Where two channels, pixels or activations are equal but for rounding the gradient takes one side or the other.
+  del largest["train/grad_norm"]
+  assert max(largest.values()) < 1e-5
   np.testing.assert_allclose(ours[-1]["val/dice"], expected[-1]["val/dice"], atol=2e-3)
 
 
