@@ -7,7 +7,7 @@ RUN ?= runs/quickstart
 
 SELENIUM := selenium==4.51.0
 
-.PHONY: quickstart test test-report lint format clean
+.PHONY: quickstart test test-faults test-report lint format clean
 
 quickstart: $(VENV)/.installed
 	@test -f $(DATA)/manifest.json || $(BIN)/python -m selfreg_jax.data.prepare --dataset=phantom --output=$(DATA)
@@ -18,6 +18,10 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n 2
+
+# Kills, damages, starves and stops real runs (docs/reliability.md); under 45 minutes on two cores; not part of `test`.
+test-faults: $(VENV)/.installed
+	$(BIN)/python -m pytest -q tests/faults
 
 # Opens made-up evaluations' report.html in headless Chromium; not part of `test`.
 test-report: $(VENV)/.installed

@@ -7,7 +7,9 @@ else with --coordinator=HOST:PORT --num_processes=N --process_id=I (docs/scaling
 """
 
 import os
+import signal
 import sys
+import traceback
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -25,7 +27,13 @@ processes.define_flags()
 def main(argv: list[str]) -> int:
   """Trains as the parsed flags say; returns the exit code."""
   del argv
-  code = run_command(train)
+  # Ctrl-C ends the process at once and without a traceback; in the training loop, which saves, the second one does.
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
+  try:
+    code = run_command(train)
+  except Exception:
+    traceback.print_exc()
+    code = EXIT_FAULT
   if code == EXIT_FAULT:
     # At once: a reading thread that hangs, or processes that are gone, would be waited for at a regular exit.
     sys.stdout.flush()

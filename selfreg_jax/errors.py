@@ -62,8 +62,9 @@ def parse_flags(argv: list[str], *, most_arguments: int = 0) -> list[str]:
   Returns:
     What is not a flag, the program's name first.
   """
-  # Orbax and JAX report each of their stages; --verbosity=0 shows them.
-  logging.set_verbosity(logging.ERROR)
+  # Orbax reports each of its stages, and each of its errors several times with tracebacks before it raises them;
+  # --verbosity=0 shows it all.
+  logging.set_verbosity(logging.FATAL)
   try:
     rest = flags.FLAGS(argv)
   except (flags.Error, UserError) as error:  # a config file may refuse the argument behind its colon

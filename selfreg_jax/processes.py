@@ -108,6 +108,7 @@ def start(cluster: Cluster) -> None:
       f"--distributed: the processes did not find each other ({reason}); start the same command once for each "
       "process, with --coordinator=HOST:PORT, --num_processes and --process_id where no SLURM or TPU pod says them"
     ) from error
+  meet()
 
 
 def _check(cluster: Cluster, given: Mapping[str, object]) -> None:
@@ -154,6 +155,15 @@ def gather_texts(text: str) -> list[str]:
   padded = np.pad(content, (0, max(*lengths, 1) - len(content)))
   gathered = multihost_utils.process_allgather(padded).reshape(len(lengths), -1)
   return [row[:length].tobytes().decode() for row, length in zip(gathered, lengths, strict=True)]
+
+
+def meet() -> None:
+  """Waits until all processes are here.
+
+  Where devices of several processes work together for the first time they are given half a minute to find each other
+  (Gloo), later as long as it takes: so processes meet before that, however long each took to come so far.
+  """
+  gather_texts("")
 
 
 def share_of(items: Sequence[Any]) -> list[Any]:

@@ -32,11 +32,9 @@ def hold(workdir: str | os.PathLike) -> Iterator[pathlib.Path]:
     UserError: it cannot be written, or another run holds it.
   """
   folder = pathlib.Path(workdir)
-  try:
+  with must_be_writable(folder):
     folder.mkdir(parents=True, exist_ok=True)
     lock = (folder / _LOCK_FILE).open("w")
-  except OSError as error:
-    raise UserError(f"{folder}: cannot be used as a workdir ({error.strerror})") from error
   with lock:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -49,6 +47,15 @@ def hold(workdir: str | os.PathLike) -> Iterator[pathlib.Path]:
 def share(workdir: str | os.PathLike) -> Iterator[pathlib.Path]:
   """A workdir that the first process of a run holds, for its other processes, which only read in it."""
   yield pathlib.Path(workdir)
+
+
+@contextlib.contextmanager
+def must_be_writable(folder: pathlib.Path) -> Iterator[None]:
+  """A body that prepares a workdir for writing; raises UserError where the file system does not let it."""
+  try:
+    yield
+  except OSError as error:
+    raise UserError(f"{folder}: cannot be used as a workdir ({error.strerror or error})") from error
 
 
 def write_config(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:

@@ -141,19 +141,36 @@ def prepared(tmp_path_factory):
 
   Bright discs (class 1) and dark squares (class 2) on noise; 4 training cases, 2 validation, 2 test cases.
   """
-  source = tmp_path_factory.mktemp("raw")
+  return make_prepared(tmp_path_factory.mktemp("prepared"), val="45", test="67")
+
+
+def make_prepared(folder, *, val, test, depths=(4, 5), training=4):
+  """A dataset like that of `prepared`, with other numbers of cases.
+
+  Args:
+    folder: to write the raw files and the dataset into.
+    val: names of the validation cases, one character each; they follow on the training cases.
+    test: of the test cases, likewise.
+    depths: slices of the cases, by turns.
+    training: training cases.
+
+  Returns:
+    The prepared dataset's folder.
+  """
+  source = folder / "raw"
+  source.mkdir()
   rng = np.random.default_rng(0)
-  for number in range(8):
-    shape = (36, 30, 5) if number % 2 else (32, 40, 4)
+  for number, name in enumerate([*map(str, range(training)), *val, *test]):
+    shape = (36, 30, depths[1]) if number % 2 else (32, 40, depths[0])
     x, y, _ = np.meshgrid(*(np.arange(n) for n in shape), indexing="ij")
     center = rng.uniform(10, 22, 2)
     label = ((x - center[0]) ** 2 + (y - center[1]) ** 2 < 36).astype(np.uint8)
     label[2:8, 2:8] = 2
     image = rng.normal(0, 20, shape) + 120 * (label == 1) - 90 * (label == 2)
     affine = np.diag([2.0, 2.0, 5.0, 1.0]) if number % 2 else np.diag([-2.0, 1.5, 4.0, 1.0])
-    nib.save(nib.Nifti1Image(image.astype(np.int16), affine), source / f"image_{number}.nii.gz")
-    nib.save(nib.Nifti1Image(label, affine), source / f"label_{number}.nii.gz")
-  output = tmp_path_factory.mktemp("prepared") / "shapes"
+    nib.save(nib.Nifti1Image(image.astype(np.int16), affine), source / f"image_{name}.nii.gz")
+    nib.save(nib.Nifti1Image(label, affine), source / f"label_{name}.nii.gz")
+  output = folder / "shapes"
   prepare(
     PrepareOptions(
       dataset="msd",
@@ -162,8 +179,8 @@ def prepared(tmp_path_factory):
       image_glob="image_*.nii.gz",
       label_glob="label_*.nii.gz",
       class_names=("disc", "square"),
-      val_cases=("4", "5"),
-      test_cases=("6", "7"),
+      val_cases=tuple(val),
+      test_cases=tuple(test),
       window=(-200.0, 200.0),
       workers=1,
     )

@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -38,6 +39,9 @@ from selfreg_jax.training.step import TrainState
 METRIC = "val_dice"
 FOLDER = "checkpoints"
 DAMAGED_FOLDER = "damaged_checkpoints"
+# Checkpoints on their way out are moved here, inside of `checkpoints/`, before their files are deleted one by one: a
+# kill in between must not leave half of one among the whole ones.
+SUPERSEDED_FOLDER = "superseded"
 
 # The newest, and the one before it in case the newest turns out to be damaged.
 _LATEST_KEPT = 2
@@ -92,6 +96,10 @@ class Checkpoint:
   def val_dice(self) -> float | None:
     """Mean foreground Dice on the validation cases at this step; None where there was no validation."""
     return self._documents["metrics"].get(METRIC)
+
+  def check_documents(self) -> None:
+    """Raises DamagedError where anything but the arrays is not what was saved."""
+    _ = self._documents
 
   @functools.cached_property
   def _checksums(self) -> dict[str, Any]:
@@ -167,9 +175,9 @@ def place(host_state: TrainState, mesh: Mesh) -> TrainState:
   return state.replace(key=wrap(state.key))
 
 
-def find(workdir: str | os.PathLike) -> list[Checkpoint]:
+def find(workdir: str | os.PathLike, folder_name: str = FOLDER) -> list[Checkpoint]:
   """The complete checkpoints of a workdir, oldest first; a folder that is being written has another name."""
-  folder = pathlib.Path(workdir).absolute() / FOLDER
+  folder = pathlib.Path(workdir).absolute() / folder_name
   names = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
   return sorted(map(Checkpoint, names), key=lambda checkpoint: checkpoint.step)
 
@@ -183,7 +191,9 @@ def best_of(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
 def latest_whole(
   workdir: str | os.PathLike, use: Callable[[Checkpoint], Any], say: Callable[[str], None]
 ) -> Any | None:
-  """What can be made of the newest checkpoint that is whole; damaged ones that are newer are set aside.
+  """What can be made of the newest checkpoint that is whole; damaged ones are set aside.
+
+  Of checkpoints that are older than it only the documents are checked, not the arrays.
 
   Args:
     workdir: the folder.
@@ -197,21 +207,33 @@ def latest_whole(
     DamagedError: there are checkpoints, but none is whole; they stay where they are.
   """
   damaged: list[tuple[Checkpoint, DamagedError]] = []
+  newest, result = None, None
+  _put_back(workdir)
   for checkpoint in reversed(find(workdir)):
     try:
-      result = use(checkpoint)
+      if newest is None:
+        newest, result = checkpoint, use(checkpoint)
+      else:
+        checkpoint.check_documents()  # which Orbax reads of all checkpoints, and stops at
     except DamagedError as error:
+      newest = None if newest is checkpoint else newest
       damaged.append((checkpoint, error))
-      continue
-    for bad, error in damaged:
-      say(f"damaged  {error}\n         set aside as {bad.set_aside()}; going on from step {checkpoint.step}")
-    return result
-  if damaged:
+  if damaged and newest is None:
     raise DamagedError(
       f"{workdir}: none of the {len(damaged)} checkpoint(s) is whole; restore them from a copy, or give another "
       "--workdir to start anew:\n  " + "\n  ".join(str(error) for _, error in damaged)
     )
-  return None
+  for bad, error in damaged:
+    say(f"damaged  {error}\n         set aside as {bad.set_aside()}; going on from step {newest.step}")
+  return result
+
+
+def _put_back(workdir: str | os.PathLike) -> None:
+  """Restores a checkpoint that was to be replaced by one of the same step, where a kill or a fault came in between."""
+  found = find(workdir)
+  for checkpoint in find(pathlib.Path(workdir, FOLDER), SUPERSEDED_FOLDER):
+    if not found or checkpoint.step > found[-1].step:  # else it made room for newer ones
+      checkpoint.path.rename(pathlib.Path(workdir, FOLDER, checkpoint.path.name))
 
 
 class CheckpointWriter:
@@ -237,11 +259,14 @@ class CheckpointWriter:
       preservation_policy=policy,
       best_fn=_metric,
       cleanup_tmp_directories=True,
+      todelete_subdir=SUPERSEDED_FOLDER,
       multiprocessing_options=_alone(),
       # Orbax creates the folder for all processes together, and asks for it to be there where only one takes part.
       create=jax.process_count() == 1,
     )
     (self._workdir / FOLDER).mkdir(exist_ok=True)
+    _put_back(self._workdir)
+    self._delete_superseded()
     return ocp.CheckpointManager(self._workdir / FOLDER, options=options)
 
   def save(
@@ -325,11 +350,15 @@ class CheckpointWriter:
       self._manager.wait_until_finished()
     except Exception as error:  # of the file system, through several layers
       raise self._failure(error) from error
+    self._delete_superseded()
+
+  def _delete_superseded(self) -> None:
+    shutil.rmtree(self._workdir / FOLDER / SUPERSEDED_FOLDER, ignore_errors=True)
 
   def _failure(self, error: Exception) -> SaveError:
     """What to say of a failed save; the writer is then as new, and nothing half-written is left."""
     for path in (self._workdir / FOLDER).iterdir():
-      if not path.name.isdigit():
+      if not path.name.isdigit() and path.name != SUPERSEDED_FOLDER:
         shutil.rmtree(path, ignore_errors=True)
     self._manager = self._open()
     whole = self._manager.latest_step()
@@ -340,9 +369,11 @@ class CheckpointWriter:
     )
 
   def __enter__(self) -> "CheckpointWriter":
+    self._unraisablehook, sys.unraisablehook = sys.unraisablehook, _quiet(sys.unraisablehook)
     return self
 
   def __exit__(self, *exception) -> None:
+    sys.unraisablehook = self._unraisablehook
     # Waits for what is being written, also when the run ends in an error: a checkpoint taken is a checkpoint kept.
     if self._manager is not None:
       try:
@@ -467,6 +498,16 @@ def _reason(error: BaseException) -> str:
         return words
     found = found.__cause__ or found.__context__
   return _one_line(error)
+
+
+def _quiet(hook: Callable[[Any], None]) -> Callable[[Any], None]:
+  """A `sys.unraisablehook` without the tracebacks, one a file, of writes that fail after Orbax has given up a save."""
+
+  def report(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+      hook(unraisable)
+
+  return report
 
 
 def _one_line(error: BaseException) -> str:

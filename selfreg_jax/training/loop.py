@@ -209,14 +209,14 @@ def train_and_evaluate(
     )
     validation = Validation(config, manifest, make_apply(model), mesh)
     vote = processes.StopVote(mesh)
-    with processes.together():
+    make_logger = RunLogger if processes.is_first() else SilentLogger
+    with processes.together(), workdirs.must_be_writable(folder):
       writer = stack.enter_context(CheckpointWriter(folder))
       if processes.is_first():
         workdirs.write_config(folder, config)  # only now: a checkpoint that does not fit must leave it as it was
+      logger = stack.enter_context(make_logger(folder, start_step=start_step, steps=plan.steps))
 
     # 4. The loop.
-    make_logger = RunLogger if processes.is_first() else SilentLogger
-    logger = stack.enter_context(make_logger(folder, start_step=start_step, steps=plan.steps))
     introduce(logger, state, plan, start_step)
     for line in notes:
       logger.say(line)
@@ -263,6 +263,7 @@ def train_and_evaluate(
         batch = feed.next() | {"tables": tables}
         if done == start_step:
           train_step = compile_step(logger, train_step, state, batch)
+          processes.meet()  # some compile faster than others
           accumulator.restart()
         state, metrics = train_step(state, batch)
         accumulator.add(metrics)

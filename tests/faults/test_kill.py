@@ -1,0 +1,25 @@
+"""kill -9 at any moment: the run goes on from its newest checkpoint, and ends as if nothing had happened."""
+
+import random
+
+import pytest
+
+from tests.faults import harness
+
+FIELDS = {"train__steps": 120, "train__validate_every": 12}
+MOMENTS = 4 * ["writing", "step", "deleting", "writing", "start"]
+
+
+@pytest.fixture(scope="module")
+def whole(prepared, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("whole")
+  harness.train_whole(prepared, folder / "run", folder / "log.txt", **FIELDS)
+  return folder / "run"
+
+
+def test_twenty_kills_leave_no_trace(prepared, whole, tmp_path):
+  rng = random.Random(0)
+  kills = harness.kill_and_go_on(prepared, tmp_path, rng, rng.sample(MOMENTS, len(MOMENTS)), **FIELDS)
+  writing, deleting = sum(kill.writing for kill in kills), sum(kill.deleting for kill in kills)
+  print(f"\n{len(kills)} kills, {writing} while a checkpoint was being written, {deleting} while one was being deleted")
+  harness.assert_same_run(tmp_path / "run", whole)
