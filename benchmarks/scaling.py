@@ -35,7 +35,6 @@ import math
 import os
 import re
 import sys
-import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,8 +52,8 @@ from selfreg_jax.data.published import PUBLISHED
 from selfreg_jax.errors import run_command
 from selfreg_jax.models.factory import build_model, initial_variables
 from selfreg_jax.training import optimizer as optimizers
-from selfreg_jax.training.loop import make_input_fn
-from selfreg_jax.training.step import create_state, make_loss, make_train_step
+from selfreg_jax.training.loop import build_train_step
+from selfreg_jax.training.step import create_state
 
 _RECIPES = {"unet": synapse_unet, "swin_unet": synapse_swin_unet}
 _NATIVE_SIZE = (512, 512)  # rows and columns of Synapse's slices
@@ -272,15 +271,7 @@ def compile_step(config: ml_collections.ConfigDict, mesh: Mesh) -> Step:
     "record": slices(jnp.int32),
     "tables": meshes.replicated_like(tables, mesh),
   }
-  train_step = make_train_step(
-    model,
-    make_loss(config.loss),
-    optimizer,
-    input_fn=make_input_fn(config, types.SimpleNamespace(scale=1 / 65535)),
-    accumulate=config.train.accumulate,
-    ema_decay=config.train.ema_decay,
-  )
-  jitted = meshes.jit_for(mesh, train_step, donate_argnums=0, out_shardings=meshes.replicated(mesh))
+  jitted = build_train_step(config, model, optimizer, mesh, scale=1 / 65535)
   lowered = jitted.lower(state, batch)
   flops = lowered.cost_analysis()["flops"] * config.train.accumulate  # XLA counts one round of a loop
   # Machine code that nobody runs need not be fast; the program above it is the same.

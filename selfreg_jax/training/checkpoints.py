@@ -365,7 +365,7 @@ class CheckpointWriter:
     before = "there is none before it" if whole is None else f"that of step {whole} is intact"
     return SaveError(
       f"{self._workdir / FOLDER}: the checkpoint of step {self._saving} could not be written ({_reason(error)}); "
-      f"{before}. Make room and run the same command again; --config.on_save_error=continue goes on without it"
+      f"{before}"
     )
 
   def __enter__(self) -> "CheckpointWriter":

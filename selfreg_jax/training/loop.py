@@ -1,15 +1,14 @@
 """The training loop: evaluate, save, take the next batch, step."""
 
 import contextlib
-import dataclasses
 import functools
-import math
 import os
 import pathlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+import flax.linen as nn
 import jax
 import ml_collections
 import numpy as np
@@ -21,101 +20,35 @@ from selfreg_jax import config as configs
 from selfreg_jax import mesh as meshes
 from selfreg_jax import processes
 from selfreg_jax import workdir as workdirs
-from selfreg_jax.data import augment, pipeline, published
-from selfreg_jax.data import manifest as manifests
-from selfreg_jax.data.manifest import DatasetInfo, Manifest
-from selfreg_jax.errors import FaultError, UserError
+from selfreg_jax.data import augment, pipeline
+from selfreg_jax.data.manifest import Manifest
+from selfreg_jax.errors import FaultError
 from selfreg_jax.evaluation.inference import make_apply
-from selfreg_jax.models.factory import build_model, initial_variables
-from selfreg_jax.training import checkpoints, warm_start
+from selfreg_jax.models.factory import build_model
+from selfreg_jax.training import checkpoints
 from selfreg_jax.training import optimizer as optimizers
-from selfreg_jax.training.checkpoints import Checkpoint, CheckpointWriter, SaveError
+from selfreg_jax.training.checkpoints import CheckpointWriter, SaveError
 from selfreg_jax.training.early_stopping import BestSoFar
 from selfreg_jax.training.feed import Feed
 from selfreg_jax.training.logging import RunLogger, SilentLogger
+from selfreg_jax.training.plan import Plan, make_plan
 from selfreg_jax.training.signals import TrainingInterruptedError, stop_requests
+from selfreg_jax.training.start import begin
 from selfreg_jax.training.step import (
   NO_STEP,
   Batch,
-  InputFn,
   TrainState,
-  create_state,
   make_loss,
   make_train_step,
   named_key,
 )
 from selfreg_jax.training.validation import Validation, ValidationInterruptedError
 
-_FIXED_BY_CHECKPOINT = (
-  *(f"config.model.{name}:" for name in configs.WEIGHT_SHAPING),
-  "config.optimizer.name:",
-  "config.train.ema_decay:",
-)
 _STEPS_IN_FLIGHT = 2
 
 
 class TrainingDivergedError(FaultError):
   """The loss or its gradient became NaN or infinite; the message says when, where and with which cases."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Plan:
-  """A run as its config and its data describe it, checked before any compute.
-
-  Attributes:
-    config: of the run, its paths absolute.
-    manifest: of the dataset, as the run's fold sees it.
-    mesh: the devices, of all processes.
-    dataset: the training slices.
-    sampling: how batches are drawn from them.
-    steps: of the whole run.
-    steps_per_epoch: ceil(slices / batch size).
-    validate_every: steps between validations.
-    patience: steps without a better validation after which to stop; 0: never.
-  """
-
-  config: ml_collections.ConfigDict
-  manifest: Manifest
-  mesh: Mesh
-  dataset: pipeline.SliceDataset
-  sampling: pipeline.Sampling
-  steps: int
-  steps_per_epoch: int
-  validate_every: int
-  patience: int
-
-  def validates_at(self, step: int) -> bool:
-    """Whether there is a validation after so many steps."""
-    return step % self.validate_every == 0 or step == self.steps
-
-  def stream(self, *, whole: bool = False) -> Any:
-    """This process's part of every global batch, or the whole of it."""
-    share = {} if whole else {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    return pipeline.batches(self.dataset, self.sampling, **share)
-
-  def case_names(self, step: int) -> str:
-    """The slices of a step's batch; nothing of them is read."""
-    records = pipeline.records(self.dataset, self.sampling)
-    first = step * self.sampling.batch_size
-    located = [self.dataset.locate(int(records[first + place])) for place in range(self.sampling.batch_size)]
-    return ", ".join(sorted({f"{case.id} slice {index}" for case, index in located}))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Resumed:
-  """Where a run goes on from.
-
-  Attributes:
-    step: steps taken so far.
-    state: in the host's memory; see `checkpoints.place`.
-    best: the best validation so far.
-    init_from: what the run began with.
-  """
-
-  step: int
-  state: TrainState
-  best: BestSoFar
-  init_from: str
 
 
 def train_and_evaluate(
@@ -155,58 +88,15 @@ def train_and_evaluate(
     with processes.together():
       folder = stack.enter_context(workdirs.hold(workdir) if processes.is_first() else workdirs.share(workdir))
 
-    # 2. Network, optimizer, state: initialized under jit, where they will live.
+    # 2. Network, optimizer, state; the state comes from a checkpoint, from given weights, or at random.
     model = build_model(config.model, manifest.num_classes)
     schedule = optimizers.make_schedule(config.optimizer, plan.steps, plan.steps_per_epoch)
     optimizer = optimizers.make_optimizer(config.optimizer, schedule)
-    new_state = functools.partial(create_state, optimizer=optimizer, ema=config.train.ema_decay > 0)
-
-    def initial_state() -> TrainState:
-      key = jax.random.key(config.seed)
-      variables = initial_variables(model, named_key(key, "init"), config.data.image_size, manifest.channels)
-      return new_state(variables, key=key)
-
-    # 3. A checkpoint, if there is one; else given weights, if there are any; else random ones.
-    notes: list[str] = []
-    resumed = resume(folder, plan, jax.eval_shape(initial_state), notes.append, override=override)
-    if resumed:
-      state = checkpoints.place(resumed.state, mesh)
-      config.init_from = resumed.init_from  # where the run began, wherever these weights are now
-    elif config.init_from:
-      with processes.together():
-        variables, origin = warm_start.load(
-          config.init_from,
-          model,
-          DatasetInfo.of(manifest),
-          config.data.image_size,
-          named_key(jax.random.key(config.seed), "init"),
-        )
-      notes += origin
-      given = meshes.replicate(jax.device_get(variables), mesh)
-      begin = jax.jit(
-        lambda variables: new_state(variables, key=jax.random.key(config.seed)), out_shardings=meshes.replicated(mesh)
-      )
-      state = begin(given)
-    else:
-      state = jax.jit(initial_state, out_shardings=meshes.replicated(mesh))()
-    start_step, best = (resumed.step, resumed.best) if resumed else (0, BestSoFar())
-
+    start = begin(folder, plan, model, optimizer, override=override)
+    config.init_from = start.init_from
+    state, best, start_step = start.state, start.best, start.step
+    train_step = build_train_step(config, model, optimizer, mesh, scale=manifest.scale)
     tables = meshes.replicate(augment.ResizeTables.build(plan.dataset.shapes, config.data.image_size), mesh)
-    input_fn = make_input_fn(config, manifest)
-    train_step = meshes.jit_for(
-      mesh,
-      make_train_step(
-        model,
-        make_loss(config.loss),
-        optimizer,
-        input_fn=input_fn,
-        accumulate=config.train.accumulate,
-        ema_decay=config.train.ema_decay,
-        most_skips=config.train.most_skips if config.train.on_nonfinite == "skip" else 0,
-      ),
-      donate_argnums=0,
-      out_shardings=meshes.replicated(mesh),
-    )
     validation = Validation(config, manifest, make_apply(model), mesh)
     vote = processes.StopVote(mesh)
     make_logger = RunLogger if processes.is_first() else SilentLogger
@@ -216,9 +106,9 @@ def train_and_evaluate(
         workdirs.write_config(folder, config)  # only now: a checkpoint that does not fit must leave it as it was
       logger = stack.enter_context(make_logger(folder, start_step=start_step, steps=plan.steps))
 
-    # 4. The loop.
+    # 3. The loop.
     introduce(logger, state, plan, start_step)
-    for line in notes:
+    for line in start.notes:
       logger.say(line)
     saver = Saver(writer, logger, config, manifest)
     stop = stack.enter_context(stop_requests())
@@ -233,7 +123,7 @@ def train_and_evaluate(
     )
     stack.enter_context(_peers())
     accumulator = MetricAccumulator(config.data.batch_size, feed)
-    explain = functools.partial(explain_failure, plan, input_fn)
+    explain = functools.partial(explain_failure, plan)
 
     def validate(done: int) -> None:
       """Validates and saves; raises ValidationInterruptedError where the run is to stop first."""
@@ -289,75 +179,36 @@ def train_and_evaluate(
   return state
 
 
-def make_plan(
-  config: ml_collections.ConfigDict, workdir: str | os.PathLike, devices: Sequence[jax.Device] | None
-) -> Plan:
-  """Checks a config against itself, the devices and the data; raises UserError where they do not go together."""
-  configs.validate(config)
-  config = configs.with_absolute_paths(config)
-  if not pathlib.Path(workdir, checkpoints.FOLDER).exists():  # a run that is continued needs these weights no more
-    warm_start.check_exists(config.init_from)
-  mesh = meshes.make_mesh(devices)
-  meshes.check_batch_size(config.data.batch_size, mesh, config.train.accumulate)
-  manifest = manifests.load(config.data.dir, verify=config.data.verify).with_fold(config.data.fold)
-  if config.train.patience and not manifest.splits["val"]:
-    raise UserError("config.train.patience stops by the validation Dice, but the validation split is empty; give 0")
-  check_published_classes(config, manifest)
-  dataset = pipeline.SliceDataset(config.data.dir, manifest)
-  sampling = pipeline.Sampling(config.data.batch_size, config.seed, config.data.foreground_fraction)
-  pipeline.records(dataset, sampling)  # raises where there is no foreground to draw
-  steps_per_epoch = math.ceil(len(dataset) / config.data.batch_size)
-  return Plan(
-    config=config,
-    manifest=manifest,
-    mesh=mesh,
-    dataset=dataset,
-    sampling=sampling,
-    steps=config.train.steps or config.train.epochs * steps_per_epoch,
-    steps_per_epoch=steps_per_epoch,
-    validate_every=config.train.validate_every or steps_per_epoch,
-    patience=config.train.patience * steps_per_epoch,
-  )
-
-
-def resume(
-  folder: pathlib.Path, plan: Plan, abstract_state: TrainState, say: Callable[[str], None], *, override: bool
-) -> Resumed | None:
-  """The newest whole checkpoint of a workdir; None where there is none.
+def build_train_step(
+  config: ml_collections.ConfigDict,
+  model: nn.Module,
+  optimizer: optax.GradientTransformation,
+  mesh: Mesh,
+  *,
+  scale: float,
+) -> Any:
+  """The training step of a run, jitted for its devices, as it is compiled and called by the loop.
 
   Args:
-    folder: the workdir.
-    plan: of the run that wants to go on.
-    abstract_state: shapes and dtypes of its state.
-    say: told of checkpoints that are damaged and set aside.
-    override: see `train_and_evaluate`.
+    config: of the run.
+    model: network.
+    optimizer: of its parameters.
+    mesh: the devices.
+    scale: stored values * scale = network input.
 
   Returns:
-    Where the run goes on from, the same in every process.
-
-  Raises:
-    UserError: the checkpoint is of another run, or none is whole.
+    The jitted function of (state, which is given away; batch of stored slices with "tables").
   """
-
-  def use(checkpoint: Checkpoint) -> Resumed:
-    if not checkpoint.can_continue:
-      raise UserError(
-        f"{folder}: holds converted weights, not a run; give another --workdir and --config.init_from={folder}"
-      )
-    init_from = checkpoint.config.get("init_from", "")
-    check_same_run(checkpoint, plan, init_from, override=override)
-    return Resumed(checkpoint.step, checkpoint.read(abstract_state), checkpoint.best, init_from)
-
-  resumed = None
-  with processes.together():
-    if processes.is_first():
-      resumed = checkpoints.latest_whole(folder, use, say)
-  # The first process has chosen; the others read the same.
-  chosen = processes.gather_texts(str(resumed.step) if resumed else "")[0]
-  with processes.together():
-    if chosen and not processes.is_first():
-      resumed = use(Checkpoint(folder / checkpoints.FOLDER / chosen))
-  return resumed
+  step = make_train_step(
+    model,
+    make_loss(config.loss),
+    optimizer,
+    input_fn=make_input_fn(config, scale),
+    accumulate=config.train.accumulate,
+    ema_decay=config.train.ema_decay,
+    most_skips=config.train.most_skips if config.train.on_nonfinite == "skip" else 0,
+  )
+  return meshes.jit_for(mesh, step, donate_argnums=0, out_shardings=meshes.replicated(mesh))
 
 
 @contextlib.contextmanager
@@ -404,16 +255,18 @@ class Saver:
         action()
       except SaveError as error:
         if self._stops:
-          raise
-        self._logger.say(f"warning  {error}")
+          raise SaveError(
+            f"{error}. Make room and run the same command again; --config.on_save_error=continue goes on without it"
+          ) from error
+        self._logger.say(f"warning  {error}; training goes on and tries again at the next one")
 
 
-def make_input_fn(config: ml_collections.ConfigDict, manifest: Manifest) -> Callable[[jax.Array, Batch], Batch]:
+def make_input_fn(config: ml_collections.ConfigDict, scale: float) -> Callable[[jax.Array, Batch], Batch]:
   """Augmentation and resize of a batch on the device, each slice keyed by its place in the run's stream.
 
   Args:
     config: of the run.
-    manifest: of the dataset.
+    scale: stored values * scale = network input.
 
   Returns:
     Function of (key of the run, stored batch with "tables") -> "image" and "label" as the network sees them.
@@ -429,50 +282,12 @@ def make_input_fn(config: ml_collections.ConfigDict, manifest: Manifest) -> Call
       batch["label"],
       batch["size_index"],
       batch["tables"],
-      scale=manifest.scale,
+      scale=scale,
       augmentation=recipe,
     )
     return {"image": image, "label": label}
 
   return input_fn
-
-
-def check_published_classes(config: ml_collections.ConfigDict, manifest: Manifest) -> None:
-  """Raises UserError where the recipe is for a published dataset and the prepared one has other classes."""
-  if config.data.name and manifest.classes != published.PUBLISHED[config.data.name].classes:
-    raise UserError(
-      f"{config.data.dir}: holds the classes {', '.join(manifest.classes)}, but config.data.name = "
-      f"{config.data.name!r} has {', '.join(published.PUBLISHED[config.data.name].classes)}; prepare the dataset with "
-      "these, or train on your own classes with --config.data.name=''"
-    )
-
-
-def check_same_run(checkpoint: Checkpoint, plan: Plan, init_from: str, *, override: bool) -> None:
-  """Refuses to continue a run with another config or other data, unless told to.
-
-  What the weights or the optimizer's state hang on (the network, the classes, what the images are) cannot be changed at
-  all: the checkpoint would not fit, or would be taken for something else than it is.
-  """
-  ours = plan.config.copy_and_resolve_references()
-  ours.init_from = init_from
-  problems, step = configs.differences(ours, checkpoint.config), checkpoint.step
-  fixed = [problem for problem in problems if problem.startswith(_FIXED_BY_CHECKPOINT)]
-  differing = checkpoint.dataset.differences(DatasetInfo.of(plan.manifest))
-  fixed += [f"the dataset's {name}: {before} -> {now}" for name, before, now in differing]
-  if fixed:
-    raise UserError(
-      f"the workdir holds a run at step {step} whose checkpoint cannot be continued so (then -> now):\n  "
-      + "\n  ".join(fixed)
-      + "\nGive another --workdir."
-    )
-  if checkpoint.fingerprint != plan.manifest.fingerprint():
-    problems.append(f"the dataset in {plan.config.data.dir} is not the one trained on so far (its fingerprint differs)")
-  if problems and not override:
-    raise UserError(
-      f"the workdir holds a run at step {step} that differs from this one (then -> now):\n  "
-      + "\n  ".join(problems)
-      + "\nGive another --workdir, or --override to continue it with the new settings."
-    )
 
 
 def introduce(logger: RunLogger, state: TrainState, plan: Plan, start_step: int) -> None:
@@ -571,7 +386,7 @@ def record_training(
   logger.scalars(step, means, line)
 
 
-def explain_failure(plan: Plan, input_fn: InputFn, logger: RunLogger, state: TrainState, step: int) -> str:
+def explain_failure(plan: Plan, logger: RunLogger, state: TrainState, step: int) -> str:
   """Names the cases of a step whose loss was not finite, and saves its batch as the network saw it."""
   cases = f"cases of the batch: {plan.case_names(step)}"
   if not processes.is_first():
@@ -580,6 +395,7 @@ def explain_failure(plan: Plan, input_fn: InputFn, logger: RunLogger, state: Tra
   batch = plan.stream(whole=True)[step]
   tables = augment.ResizeTables.build(plan.dataset.shapes, plan.config.data.image_size)
   key = jax.random.wrap_key_data(np.asarray(jax.random.key_data(state.key)))
+  input_fn = make_input_fn(plan.config, plan.manifest.scale)
   seen = jax.jit(input_fn)(named_key(key, "input"), batch | {"tables": tables})
   arrays = {name: np.asarray(value) for name, value in seen.items()}
   path = logger.arrays(f"nonfinite_step_{step:07d}.npz", arrays | {n: batch[n] for n in ("record", "position")})
