@@ -157,7 +157,8 @@ def test_an_older_checkpoint(runs, tmp_path, damage, item):
   train(config, workdir)
   assert harness.resumptions(workdir) == [4]
   harness.assert_same_state(workdir, whole)
-  if item != "variables":  # whose arrays are not read until they are needed
+  # Arrays, and so what a flipped bit did to the checksum of one, are not looked at until they are needed.
+  if item != "variables" and (item, damage) != ("checksums", "flipped"):
     assert (workdir / "damaged_checkpoints" / "2").is_dir()
     assert "checkpoints/2/" in (workdir / "train.log").read_text()
 
