@@ -19,7 +19,7 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n 2
 
-# Kills, damages, starves and stops real runs (docs/reliability.md); under 45 minutes on two cores; not part of `test`.
+# Kills, damages, starves and stops real runs (docs/reliability.md): tens of minutes; not part of `test`.
 test-faults: $(VENV)/.installed
 	$(BIN)/python -m pytest -q tests/faults
 

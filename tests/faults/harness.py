@@ -246,7 +246,7 @@ def assert_same_run(workdir, reference):
   assert metric_lines(workdir) == metric_lines(reference)
   ours, theirs = (checkpoints.best_of(checkpoints.find(folder)) for folder in (workdir, reference))
   assert (ours.step, ours.val_dice, ours.best) == (theirs.step, theirs.val_dice, theirs.best)
-  assert steps_saved(workdir) == steps_saved(reference)
+  assert steps_saved(workdir)[-1] == steps_saved(reference)[-1]  # a signal saves further ones
   for panel in (reference / "panels").iterdir():
     assert (workdir / "panels" / panel.name).read_bytes() == panel.read_bytes()
   assert litter(workdir) == []
@@ -341,7 +341,7 @@ def kill_and_go_on(prepared, folder, rng, moments, **fields):
       time.sleep(rng.uniform(0, 0.5))
     else:
       target = begun + rng.randint(1, 4)  # steps beyond the checkpoint are forgotten at the start
-      run.until(lambda said=said, begun=begun: not begun or len(resumptions(workdir)) > said)
+      run.until(lambda run=run: "compiling" in run.output)  # what the last kill left is cleared away by then
       run.until(lambda target=target: last_step(workdir) >= target)
       if moment != "step":
         happens = being_written if moment == "writing" else being_deleted
@@ -353,7 +353,7 @@ def kill_and_go_on(prepared, folder, rng, moments, **fields):
     kills.append(Kill(moment, last_step(workdir), newest, being_written(workdir), being_deleted(workdir)))
   said = len(resumptions(workdir))
   train_whole(prepared, workdir, folder / "last.txt", **fields)
-  assert resumptions(workdir)[said:] == [newest]
+  assert resumptions(workdir)[said:] == ([newest] if newest else [])
   return kills
 
 

@@ -10,6 +10,8 @@ import pytest
 
 from selfreg_jax.errors import UserError
 from selfreg_jax.training import checkpoints, loop
+from selfreg_jax.training.plan import make_plan
+from selfreg_jax.training.start import resume
 from tests.faults import harness
 
 FIELDS = {"train__steps": 6, "train__validate_every": 2, "train__checkpoint_every": 0}
@@ -61,14 +63,14 @@ def saved_states(runs):
 @pytest.mark.parametrize("damage", harness.DAMAGES)
 def test_every_file_of_the_latest_checkpoint(runs, saved_states, tmp_path, damage):
   config, _, killed = runs
-  plan = loop.make_plan(config, killed, jax.devices()[:1])
+  plan = make_plan(config, killed, jax.devices()[:1])
   abstract = harness.abstract_state(checkpoints.find(killed)[-1])
   outcomes = {}
   for name in files_of(killed, 4):
     workdir = shutil.copytree(killed, tmp_path / "run")
     if harness.DAMAGES[damage](workdir / "checkpoints" / "4" / name):
-      said = []
-      resumed = loop.resume(workdir, plan, abstract, said.append, override=False)
+      resumed = resume(workdir, plan, abstract, override=False)
+      said = list(resumed.notes)
       harness.assert_same_bytes(harness.leaves(resumed.state), saved_states[resumed.step])
       outcomes[name] = check_outcome(workdir, resumed.step, said, name)
     shutil.rmtree(workdir)
@@ -157,7 +159,8 @@ def test_an_older_checkpoint(runs, tmp_path, damage, item):
   train(config, workdir)
   assert harness.resumptions(workdir) == [4]
   harness.assert_same_state(workdir, whole)
-  if item != "variables":  # whose arrays are not read until they are needed
+  # Arrays, and so what a flipped bit did to the checksum of one, are not looked at until they are needed.
+  if item != "variables" and (item, damage) != ("checksums", "flipped"):
     assert (workdir / "damaged_checkpoints" / "2").is_dir()
     assert "checkpoints/2/" in (workdir / "train.log").read_text()
 

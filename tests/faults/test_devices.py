@@ -63,6 +63,7 @@ def compare(ours, expected, what):
   np.testing.assert_allclose(ours[-1]["val/dice"], expected[-1]["val/dice"], atol=2e-3)
 
 
+@pytest.mark.parametrize("network", ["unet"], indirect=True)
 def test_another_number_of_devices_continues(data, network, tmp_path):
   fields, expected, _ = network
   run = harness.start_training(data, tmp_path / "run", tmp_path / "one.txt", **fields)
@@ -73,6 +74,7 @@ def test_another_number_of_devices_continues(data, network, tmp_path):
   compare(ours, expected, f"{fields['network']} 1 device, then 8")
 
 
+@pytest.mark.parametrize("network", ["unet"], indirect=True)
 @pytest.mark.parametrize("threads", [0, 4])
 def test_another_number_of_reading_threads_continues_exactly(data, network, tmp_path, threads):
   fields, _, whole = network
@@ -84,6 +86,7 @@ def test_another_number_of_reading_threads_continues_exactly(data, network, tmp_
   harness.assert_same_run(tmp_path / "run", whole / "run")
 
 
+@pytest.mark.parametrize("network", ["unet"], indirect=True)
 @pytest.mark.parametrize("processes", [2, 3])
 def test_evaluation_in_several_processes(network, tmp_path, processes):
   _, _, whole = network

@@ -26,8 +26,8 @@ def spoil(monkeypatch, places):
   """Makes the loss NaN for batches that hold a slice at one of these places of the stream."""
   make_input_fn = loop.make_input_fn
 
-  def marking(config, manifest):
-    input_fn = make_input_fn(config, manifest)
+  def marking(config, scale):
+    input_fn = make_input_fn(config, scale)
 
     def marked(key, batch):
       seen = input_fn(key, batch)

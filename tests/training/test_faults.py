@@ -7,7 +7,8 @@ import pytest
 
 from tests.faults import harness
 
-FIELDS = {"train__steps": 16, "train__validate_every": 8}
+# Many quick steps: a run must not end by itself before it is killed, however slow the machine.
+FIELDS = {"train__steps": 100, "train__validate_every": 50}
 
 
 @pytest.fixture(scope="module")
