@@ -268,6 +268,18 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(whole_run,
   assert steps_saved(copy) == [3, 6]
 
 
+def test_a_checkpoint_that_was_being_replaced_is_put_back(whole_run, tmp_path):
+  config, workdir, expected = whole_run
+  copy = tmp_path / "copy"
+  shutil.copytree(workdir, copy)
+  superseded = copy / "checkpoints" / "superseded"
+  shutil.copytree(copy / "checkpoints" / "3", superseded / "2")  # made room for newer ones
+  (copy / "checkpoints" / "6").rename(superseded / "6")
+  assert trees_equal(variables_of(train(config, copy)), expected)
+  assert "resumed  from the checkpoint of step 6" in (copy / "train.log").read_text()
+  assert steps_saved(copy) == [3, 6]
+
+
 def test_without_a_whole_checkpoint_nothing_is_touched(whole_run, tmp_path):
   config, workdir, _ = whole_run
   copy = tmp_path / "copy"
