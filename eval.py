@@ -14,7 +14,7 @@ import sys
 from absl import app, flags
 
 from selfreg_jax import processes
-from selfreg_jax.errors import UserError, parse_flags, run_command
+from selfreg_jax.errors import UserError, parse_flags
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of train.py.")
 _WORKDIRS = flags.DEFINE_string("workdirs", None, "Several workdirs, as a quoted pattern: each is scored, all pooled.")
@@ -40,7 +40,7 @@ processes.define_flags()
 def main(argv: list[str]) -> int:
   """Evaluates as the parsed flags say; returns the exit code."""
   del argv
-  return run_command(evaluate)
+  return processes.run_command(evaluate)
 
 
 def check_flags() -> None:
@@ -84,7 +84,8 @@ def evaluate() -> None:
   console = Console(width=None if sys.stdout.isatty() else 100, quiet=not processes.is_first())
   options = Options(_TTA.value, _RESIZE.value, _POSTPROCESS.value)
   request = scoring.Request(_SPLIT.value, _DATA.value, _CHECKPOINT.value, options, _WORKERS.value)
-  workdirs = pooling.find_workdirs(_WORKDIRS.value) if _WORKDIRS.value else [_WORKDIR.value]
+  with processes.together():
+    workdirs = pooling.find_workdirs(_WORKDIRS.value) if _WORKDIRS.value else [_WORKDIR.value]
   if _INPUT.value:
     predictor = load_ensemble(workdirs, checkpoint=_CHECKPOINT.value, options=options)
     prediction.predict_folder(

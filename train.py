@@ -9,13 +9,13 @@ else with --coordinator=HOST:PORT --num_processes=N --process_id=I (docs/scaling
 import os
 import signal
 import sys
-import traceback
+from typing import NoReturn
 
 from absl import app, flags
 from ml_collections import config_flags
 
 from selfreg_jax import processes
-from selfreg_jax.errors import EXIT_FAULT, EXIT_RESUMABLE, UserError, check_config_file, parse_flags, run_command
+from selfreg_jax.errors import EXIT_RESUMABLE, UserError, check_config_file, parse_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; override fields with --config.field=value.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints and logs; one with a checkpoint is continued.")
@@ -27,19 +27,18 @@ processes.define_flags()
 def main(argv: list[str]) -> int:
   """Trains as the parsed flags say; returns the exit code."""
   del argv
-  # Ctrl-C ends the process at once and without a traceback; in the training loop, which saves, the second one does.
-  signal.signal(signal.SIGINT, signal.SIG_DFL)
-  try:
-    code = run_command(train)
-  except Exception:
-    traceback.print_exc()
-    code = EXIT_FAULT
-  if code == EXIT_FAULT:
-    # At once: a reading thread that hangs, or processes that are gone, would be waited for at a regular exit.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-  return code
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, leave)  # until the training loop, which saves first, takes them
+  return processes.run_command(train)
+
+
+def leave(number: int, frame: object) -> NoReturn:
+  """Ends the process at a signal that comes before or after the training steps."""
+  del frame
+  name = signal.Signals(number).name
+  print(f"stopped by {name} outside of training steps; nothing is lost, the same command continues", file=sys.stderr)
+  sys.stderr.flush()
+  os._exit(EXIT_RESUMABLE)
 
 
 def train() -> None:

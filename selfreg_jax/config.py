@@ -22,6 +22,8 @@ HARMLESS = (
   "data.prefetch",
   "data.timeout",
   "train.checkpoint_every",
+  "train.on_nonfinite",  # no number of a run that was finite so far
+  "train.most_skips",
   "train.log_every",
   "eval.batch_size",
 )
@@ -94,7 +96,7 @@ def base_config(network: str = "unet") -> ConfigDict:
   # Decay of an exponential moving average of the weights, which validation and evaluation then use; 0: no average.
   train.ema_decay = 0.0
   # A loss or gradient that is not finite: "stop" (the batch is saved for inspection), or "skip" the update, up to
-  # most_skips times in a row.
+  # most_skips times in a row; the schedule of the rate counts updates.
   train.on_nonfinite = "stop"
   train.most_skips = 5
   train.log_every = 50  # steps between lines of metrics; in between nothing is read from the device

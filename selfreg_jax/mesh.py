@@ -55,10 +55,12 @@ def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
   if batch_size % parts:
     lower, upper = batch_size // parts * parts, -(-batch_size // parts) * parts
     nearest = f"{lower} or {upper}" if lower else f"{upper}"
-    micro = f", each in {accumulate} micro-batches (config.train.accumulate)" if accumulate > 1 else ""
-    raise UserError(
-      f"config.data.batch_size = {batch_size} cannot be split over {mesh.size} devices{micro}; use {nearest}"
-    )
+    over = f"{mesh.size} devices" if mesh.size > 1 else "1 device"
+    if accumulate > 1:
+      over += f", each taking it in {accumulate} micro-batches (config.train.accumulate)"
+      fitting = [str(n) for n in range(1, accumulate) if batch_size % (mesh.size * n) == 0]
+      nearest += f"; or config.train.accumulate = {', '.join(fitting)}" if fitting else ""
+    raise UserError(f"config.data.batch_size = {batch_size} cannot be split over {over}; use {nearest}")
 
 
 def local_mesh(mesh: Mesh) -> Mesh:

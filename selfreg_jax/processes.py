@@ -6,14 +6,17 @@ What is done once (locks, logs, checkpoints) is done by process 0. With one proc
 
 import contextlib
 import dataclasses
+import json
 import os
 import sys
+import traceback
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags
 
+from selfreg_jax import errors
 from selfreg_jax.errors import FaultError, UserError
 
 # A process that has not been heard of for so long is given up, and the others end with it.
@@ -59,12 +62,10 @@ def detected(environment: Mapping[str, str]) -> str | None:
 
   A batch script that merely runs inside an allocation of several tasks is one process: it was not started by srun.
   """
-  counts = {"SLURM_STEP_NUM_TASKS": "SLURM", "OMPI_COMM_WORLD_SIZE": "mpirun"}
-  for name, what in counts.items():
+  for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
     if environment.get(name, "").isdigit() and int(environment[name]) > 1:
-      return what
-  workers = environment.get("TPU_WORKER_HOSTNAMES", "")
-  return "a TPU pod slice" if "," in workers else None
+      return f"{name}={environment[name]}"
+  return "TPU_WORKER_HOSTNAMES" if "," in environment.get("TPU_WORKER_HOSTNAMES", "") else None
 
 
 def start(cluster: Cluster) -> None:
@@ -82,7 +83,11 @@ def start(cluster: Cluster) -> None:
     if (value := getattr(cluster, name)) is not None
   }
   _check(cluster, given)
-  if cluster.distributed == "off" or not (given or cluster.distributed == "on" or detected(os.environ)):
+  reason = "--coordinator was given" if given else "--distributed=on was given"
+  if not given and cluster.distributed == "auto":
+    found = detected(os.environ)
+    reason = found and f"the environment says so ({found})"
+  if cluster.distributed == "off" or not reason:
     return
   import jax
 
@@ -103,10 +108,10 @@ def start(cluster: Cluster) -> None:
       heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
     )
   except (RuntimeError, ValueError) as error:
-    reason = str(error).splitlines()[0]
     raise UserError(
-      f"--distributed: the processes did not find each other ({reason}); start the same command once for each "
-      "process, with --coordinator=HOST:PORT, --num_processes and --process_id where no SLURM or TPU pod says them"
+      f"this was to be one of several processes, because {reason}, but they cannot be joined "
+      f"({str(error).splitlines()[0]}); start the same command once for each process, with --coordinator=HOST:PORT, "
+      "--num_processes and --process_id where the environment does not say them, or give --distributed=off to run alone"
     ) from error
   meet()
 
@@ -134,6 +139,29 @@ def is_first() -> bool:
   return jax.process_index() == 0
 
 
+@contextlib.contextmanager
+def peers(*further: type[Exception]) -> Iterator[None]:
+  """Says what it means when a collective operation in the body fails: another process is gone.
+
+  Args:
+    *further: types that mean the same in this body, besides JAX's own.
+
+  Raises:
+    FaultError: instead of what JAX raised.
+  """
+  import jax
+
+  try:
+    yield
+  except (jax.errors.JaxRuntimeError, *further) as error:
+    if jax.process_count() == 1:
+      raise
+    raise FaultError(
+      f"another process was lost ({str(error).splitlines()[0]}); start all of them again with the same command: a "
+      "training continues from its last checkpoint"
+    ) from error
+
+
 def gather_texts(text: str) -> list[str]:
   """A text of each process, in the order of the processes, on every process.
 
@@ -142,6 +170,9 @@ def gather_texts(text: str) -> list[str]:
 
   Returns:
     One text for each process.
+
+  Raises:
+    FaultError: another process was lost.
   """
   import jax
 
@@ -151,9 +182,11 @@ def gather_texts(text: str) -> list[str]:
   from jax.experimental import multihost_utils
 
   content = np.frombuffer(text.encode(), np.uint8)
-  lengths = multihost_utils.process_allgather(np.asarray(len(content), np.int32)).reshape(-1)
-  padded = np.pad(content, (0, max(*lengths, 1) - len(content)))
-  gathered = multihost_utils.process_allgather(padded).reshape(len(lengths), -1)
+  with peers(ValueError):  # which JAX makes of some failures here
+    lengths = multihost_utils.process_allgather(np.asarray(len(content), np.int32)).reshape(-1)
+    # To a power of two, so that few programs are compiled for all lengths.
+    padded = np.pad(content, (0, (1 << int(max(lengths)).bit_length()) - len(content)))
+    gathered = multihost_utils.process_allgather(padded).reshape(len(lengths), -1)
   return [row[:length].tobytes().decode() for row, length in zip(gathered, lengths, strict=True)]
 
 
@@ -164,6 +197,28 @@ def meet() -> None:
   (Gloo), later as long as it takes: so processes meet before that, however long each took to come so far.
   """
   gather_texts("")
+
+
+def check_agreement(facts: Mapping[str, Any]) -> None:
+  """Raises UserError in all processes unless each has the same facts; they would compute nonsense together.
+
+  Args:
+    facts: JSON values by name.
+  """
+  import jax
+
+  first, *others = (json.loads(text) for text in gather_texts(json.dumps(facts)))
+  differing = [
+    f"process {number}: {name} is {other.get(name)!r}, in process 0 {first.get(name)!r}"
+    for number, other in enumerate(others, 1)
+    for name in sorted(first.keys() | other.keys())
+    if first.get(name) != other.get(name)
+  ]
+  if differing and jax.process_count() > 1:
+    raise UserError(
+      "the processes were not started alike; give all of them the same command, config files, data and versions:\n  "
+      + "\n  ".join(differing[:8])
+    )
 
 
 def share_of(items: Sequence[Any]) -> list[Any]:
@@ -187,29 +242,57 @@ def merge_shares(shares: Sequence[Sequence[Any]]) -> list[Any]:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-  """A body that every process passes, or none: a mistake or fault that one meets is raised in all of them.
+  """A body that every process passes, or none: what goes wrong in one of them is raised in all.
 
-  Otherwise the others would wait for ever in their next collective operation.
+  Otherwise the others would wait for ever in their next collective operation. Where the body itself gathers, nothing
+  may fail before that in one process alone.
 
   Raises:
-    UserError: the body raised it, here or elsewhere.
-    FaultError: likewise.
+    UserError: the body raised it in another process.
+    FaultError: it raised something else there; here whatever it raised is raised as it is.
   """
   import jax
 
   problem = None
   try:
     yield
-  except (UserError, FaultError) as error:
+  except Exception as error:
     problem = error
   if jax.process_count() > 1:
-    kind = "" if problem is None else "F" if isinstance(problem, FaultError) else "U"
-    for process, found in enumerate(gather_texts(f"{kind}{problem or ''}")):
+    told = ""
+    if problem is not None:
+      kind = "U" if isinstance(problem, UserError) else "F"
+      told = kind + (str(problem) if isinstance(problem, UserError | FaultError) else repr(problem))
+    for process, found in enumerate(gather_texts(told)):
       if found and problem is None:
-        raised = FaultError if found[0] == "F" else UserError
+        raised = UserError if found[0] == "U" else FaultError
         raise raised(f"process {process}: {found[1:]}")
   if problem is not None:
     raise problem
+
+
+def run_command(command: Callable[[], None]) -> int:
+  """`errors.run_command` for commands that can run in several processes; does not return after a fault.
+
+  A process that ends regularly waits for the others, for minutes, and for reading threads that hang. So whatever goes
+  wrong in one of several processes, and every fault, ends it at once; the others then notice.
+
+  Args:
+    command: see `errors.run_command`.
+
+  Returns:
+    The exit code.
+  """
+  try:
+    code = errors.run_command(command)
+  except Exception:
+    traceback.print_exc()
+    code = errors.EXIT_FAULT
+  if code == errors.EXIT_FAULT or (code and "jax" in sys.modules and sys.modules["jax"].process_count() > 1):
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+  return code
 
 
 class StopVote:

@@ -5,6 +5,9 @@ import fcntl
 import json
 import os
 import pathlib
+import socket
+import time
+import uuid
 from collections.abc import Iterator
 
 import ml_collections
@@ -14,16 +17,19 @@ from selfreg_jax.errors import UserError
 
 CONFIG_FILE = "config.json"
 _LOCK_FILE = ".lock"
+_SECONDS_TO_SEE = 30
 
 
 @contextlib.contextmanager
-def hold(workdir: str | os.PathLike) -> Iterator[pathlib.Path]:
+def hold(workdir: str | os.PathLike, *, what: str = "run", flag: str = "--workdir") -> Iterator[pathlib.Path]:
   """Creates a workdir and holds it for this process: a second run in it would mix two histories.
 
-  The lock dies with the process, also after kill -9.
+  The lock dies with the process, also after kill -9. Where the file system has no locks, nothing is held.
 
   Args:
     workdir: the folder.
+    what: is done there, for messages.
+    flag: that names the folder, for messages.
 
   Yields:
     Its path.
@@ -38,15 +44,39 @@ def hold(workdir: str | os.PathLike) -> Iterator[pathlib.Path]:
   with lock:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-      raise UserError(f"{folder}: another run is using this workdir; give each run its own --workdir") from error
+    except BlockingIOError as error:
+      raise UserError(f"{folder}: another {what} is using this folder; give each {what} its own {flag}") from error
+    except OSError:
+      pass  # a file system without locks
+    lock.write(_token())
+    lock.flush()
     yield folder
 
 
-@contextlib.contextmanager
-def share(workdir: str | os.PathLike) -> Iterator[pathlib.Path]:
-  """A workdir that the first process of a run holds, for its other processes, which only read in it."""
-  yield pathlib.Path(workdir)
+def check_shared(folder: pathlib.Path, token: str) -> None:
+  """Raises UserError unless this process sees the workdir that the first process of the run holds.
+
+  Args:
+    folder: the workdir, as this process knows it.
+    token: what `read_token` gave in the first process.
+  """
+  deadline = time.monotonic() + _SECONDS_TO_SEE
+  while read_token(folder) != token:  # a network file system may show what is new with a delay
+    if time.monotonic() > deadline:
+      raise UserError(f"{folder}: is not the workdir that process 0 sees; all processes of a run must share it")
+    time.sleep(0.1)
+
+
+def read_token(folder: pathlib.Path) -> str:
+  """What the run that holds a workdir has written into its lock; empty where nothing can be read."""
+  try:
+    return (folder / _LOCK_FILE).read_text()
+  except OSError:
+    return ""
+
+
+def _token() -> str:
+  return f"{socket.gethostname()} {os.getpid()} {uuid.uuid4()}\n"
 
 
 @contextlib.contextmanager

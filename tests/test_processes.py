@@ -12,11 +12,11 @@ from selfreg_jax.processes import Cluster
   ("environment", "expected"),
   [
     ({}, None),
-    ({"SLURM_STEP_NUM_TASKS": "8"}, "SLURM"),
+    ({"SLURM_STEP_NUM_TASKS": "8"}, "SLURM_STEP_NUM_TASKS=8"),
     ({"SLURM_STEP_NUM_TASKS": "1"}, None),
     ({"SLURM_NTASKS": "8"}, None),  # in a batch script, not started by srun
-    ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun"),
-    ({"TPU_WORKER_HOSTNAMES": "a,b"}, "a TPU pod slice"),
+    ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2"),
+    ({"TPU_WORKER_HOSTNAMES": "a,b"}, "TPU_WORKER_HOSTNAMES"),
     ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
   ],
 )
@@ -62,6 +62,23 @@ def test_alone_mistakes_and_faults_pass_through_and_texts_stay():
     with pytest.raises(kind, match="what happened"), processes.together():
       raise kind("what happened")
   assert processes.gather_texts("mine") == ["mine"]
+
+
+def test_processes_that_were_started_differently_are_told(monkeypatch):
+  processes.check_agreement({"config.seed": 0})
+  texts = ['{"config.seed": 0, "jax": "1"}', '{"config.seed": 3, "jax": "1"}', '{"config.seed": 0}']
+  monkeypatch.setattr(processes, "gather_texts", lambda text: texts)
+  monkeypatch.setattr(jax, "process_count", lambda: 3)
+  with pytest.raises(UserError, match=r"process 1: config.seed is 3, in process 0 0\n  process 2: jax is None"):
+    processes.check_agreement({"config.seed": 0})
+
+
+def test_a_failing_collective_means_a_lost_process(monkeypatch):
+  with pytest.raises(ValueError, match="mine"), processes.peers(ValueError):
+    raise ValueError("mine")
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  with pytest.raises(FaultError, match=r"another process was lost .Gloo AllGather failed"), processes.peers(ValueError):
+    raise ValueError("Gloo AllGather failed: reset\nmore")
 
 
 def test_a_vote_of_one_process_is_counted_at_once():

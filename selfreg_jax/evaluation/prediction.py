@@ -53,6 +53,7 @@ def predict_folder(
   with processes.together():
     files = find_inputs(pathlib.Path(folder), pathlib.Path(output), kind=kind, channels=predictor.dataset.channels)
     make_folder(pathlib.Path(output))
+  total = len(files)
   files = dict(processes.share_of(list(files.items())))
   console.print(f"options     {predictor.options}", markup=False, highlight=False)
   predict = _predict_volume if kind == "volume" else _predict_image
@@ -62,7 +63,7 @@ def predict_folder(
     target = class_maps.path_for(pathlib.Path(output), name, kind)
     try:
       predict(predictor, paths, target, probabilities=probabilities)
-    except cases.CaseError as error:
+    except (cases.CaseError, OSError) as error:
       faults.append(f"{names}: {error}")
       console.print(f"{number}/{len(files)} {names}: skipped, {error}", markup=False, highlight=False)
       continue
@@ -71,7 +72,7 @@ def predict_folder(
     console.print(f"{number}/{len(files)} {names} -> {target} in {seconds:.1f} s", markup=False, highlight=False)
   faults = [fault for text in processes.gather_texts(json.dumps(faults)) for fault in json.loads(text)]
   if faults:
-    raise UserError(f"{folder}: {len(faults)} file(s) could not be predicted:\n  " + "\n  ".join(faults))
+    raise UserError(f"{folder}: {len(faults)} of {total} files could not be predicted:\n  " + "\n  ".join(faults))
   return written
 
 

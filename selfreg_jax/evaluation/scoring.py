@@ -20,6 +20,7 @@ from rich.console import Console
 
 from selfreg_jax import config as configs
 from selfreg_jax import processes
+from selfreg_jax import workdir as workdirs
 from selfreg_jax.data import augment
 from selfreg_jax.data import manifest as manifests
 from selfreg_jax.data.manifest import Case, CaseArrays, DatasetInfo, Manifest
@@ -95,7 +96,7 @@ def evaluate_workdir(
   """
   name = request.split if request.data is None else f"{pathlib.Path(request.data).resolve().name}_{request.split}"
   output = pathlib.Path(output or pathlib.Path(workdir) / "eval" / name)
-  if reuse and (found := _current(workdir, output, request)):
+  if reuse and (found := _reused(workdir, output, request)):
     console.print(f"{output}: up to date, taken as it is", markup=False, highlight=False)
     return found
   predictor = Predictor(load_trained(workdir, checkpoint=request.checkpoint), options=request.options)
@@ -105,11 +106,27 @@ def evaluate_workdir(
   return Evaluation(output, summary, report.read_cases_csv(output / "cases.csv"))
 
 
+def _reused(workdir: str | os.PathLike, output: pathlib.Path, request: Request) -> Evaluation | None:
+  """The evaluation in a folder, if the first process finds it to be what the request would give."""
+  found = None
+  with processes.together():
+    if processes.is_first():
+      found = _current(workdir, output, request)
+  if not processes.gather_texts("current" if found else "")[0]:
+    return None
+  with processes.together():
+    return found or _read(output)
+
+
+def _read(output: pathlib.Path) -> Evaluation:
+  summary = json.loads((output / "summary.json").read_text())
+  return Evaluation(output, summary, report.read_cases_csv(output / "cases.csv"))
+
+
 def _current(workdir: str | os.PathLike, output: pathlib.Path, request: Request) -> Evaluation | None:
   """The evaluation in a folder, if it is what the request would give; the network is not loaded."""
   try:
-    summary = json.loads((output / "summary.json").read_text())
-    scores = report.read_cases_csv(output / "cases.csv")
+    found = _read(output)
   except (OSError, ValueError, KeyError):
     return None
   checkpoint = choose(workdir, request.checkpoint)
@@ -120,10 +137,10 @@ def _current(workdir: str | os.PathLike, output: pathlib.Path, request: Request)
     "config": json.loads(json.dumps(configs.to_json(config))),
     "options": request.options.to_json(),
   }
-  data = summary.get("data", {})
-  same = all(summary.get(name) == value for name, value in wanted.items())
+  data = found.summary.get("data", {})
+  same = all(found.summary.get(name) == value for name, value in wanted.items())
   same &= data.get("fingerprint") == manifest.fingerprint() and data.get("split") == request.split
-  return Evaluation(output, summary, scores) if same else None
+  return found if same else None
 
 
 def load_data(config: Any, directory: str | os.PathLike | None) -> tuple[Manifest, pathlib.Path]:
@@ -194,7 +211,8 @@ def score_dataset(
   say = functools.partial(console.print, markup=False, highlight=False)
   say(f"scoring     {len(split_cases)} {split} cases of {directory}")
   say(f"options     {predictor.options}")
-  seen = seen_in_training(predictor.config, manifest, directory, split_cases) if split != "train" else []
+  with processes.together():
+    seen = seen_in_training(predictor.config, manifest, directory, split_cases) if split != "train" else []
   if seen:
     say(f"warning     {len(seen)} of these cases were trained on; scores on them flatter: {', '.join(seen[:8])}")
   with _replacing(output) as staging:
@@ -220,19 +238,20 @@ def score_dataset(
       summary["ensemble"] = list(members)
     if predictor.options.postprocess:
       summary["postprocess_removed_voxels"] = removed
-    if processes.is_first():
-      report.write_cases_csv(staging / "cases.csv", scores, manifest.classes)
-      html_report.write_report(
-        staging / "report.html",
-        summary=summary,
-        scores=scores,
-        manifest=manifest,
-        case_ids=[case.id for case in split_cases],
-        load_case=functools.partial(
-          _load_case, manifest=manifest, arrays=CaseArrays(directory), folder=staging / "predictions"
-        ),
-      )
-      report.write_summary(staging / "summary.json", summary)
+    with processes.together():
+      if processes.is_first():
+        report.write_cases_csv(staging / "cases.csv", scores, manifest.classes)
+        html_report.write_report(
+          staging / "report.html",
+          summary=summary,
+          scores=scores,
+          manifest=manifest,
+          case_ids=[case.id for case in split_cases],
+          load_case=functools.partial(
+            _load_case, manifest=manifest, arrays=CaseArrays(directory), folder=staging / "predictions"
+          ),
+        )
+        report.write_summary(staging / "summary.json", summary)
   for protocol, block in blocks.items():
     report.print_table(block, console, protocol=protocol, kind=manifest.kind, unit=distance_unit(protocol, summary))
   if predictor.options.postprocess:
@@ -284,19 +303,18 @@ def _replacing(output: pathlib.Path) -> Iterator[pathlib.Path]:
   All processes write into it; the first one makes and replaces folders, and the others wait for that.
   """
   staging = output / ".partial"
-  with processes.together():
-    if processes.is_first():
-      shutil.rmtree(staging, ignore_errors=True)  # what an interrupted evaluation has left
-      for folder in ("overlays", "predictions"):
-        make_folder(staging / folder)
-  try:
+  with contextlib.ExitStack() as stack:
+    with processes.together():
+      if processes.is_first():
+        stack.enter_context(workdirs.hold(output, what="evaluation", flag="--output"))
+        shutil.rmtree(staging, ignore_errors=True)  # what an interrupted evaluation has left
+        for folder in ("overlays", "predictions"):
+          make_folder(staging / folder)
+        stack.callback(shutil.rmtree, staging, ignore_errors=True)
     yield staging
     with processes.together():
       if processes.is_first():
         _install(staging, output)
-  finally:
-    if processes.is_first():
-      shutil.rmtree(staging, ignore_errors=True)
 
 
 def _install(staging: pathlib.Path, output: pathlib.Path) -> None:

@@ -9,6 +9,7 @@ word). It is complete in itself: nothing else in the workdir is needed to use it
 With several processes process 0 writes, which has it all, and every process reads for itself: they need not meet.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -30,6 +31,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from selfreg_jax import config as configs
 from selfreg_jax import mesh as meshes
+from selfreg_jax import processes
 from selfreg_jax.data.manifest import DatasetInfo, Manifest
 from selfreg_jax.errors import FaultError, UserError
 from selfreg_jax.models.factory import abstract_variables, build_model
@@ -138,7 +140,7 @@ class Checkpoint:
 
   def restore_variables(self, abstract_variables: dict[str, Any]) -> dict[str, Any]:
     """Restores what prediction needs: the moving average where one was kept, else the variables; see `read`."""
-    item = "ema" if self.config.train.get("ema_decay", 0) else "variables"
+    item = "ema" if "ema" in self._checksums else "variables"
     sharding = jax.tree.map(lambda leaf: leaf.sharding, abstract_variables)
     return jax.device_put(self._restore({item: abstract_variables})[item], sharding)
 
@@ -183,9 +185,13 @@ def find(workdir: str | os.PathLike, folder_name: str = FOLDER) -> list[Checkpoi
 
 
 def best_of(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
-  """The checkpoint with the best validation Dice, the later one of equals; the newest where none was validated."""
-  validated = [checkpoint for checkpoint in checkpoints if checkpoint.val_dice is not None]
-  return max(validated or checkpoints, key=lambda checkpoint: (checkpoint.val_dice or 0, checkpoint.step))
+  """The checkpoint with the best validation Dice, the later one of equals; the newest where none was validated.
+
+  Only those count that were validated on the dataset of the newest one: a run may have gone on with another.
+  """
+  newest = checkpoints[-1]
+  validated = [one for one in checkpoints if one.val_dice is not None and one.fingerprint == newest.fingerprint]
+  return max(validated or [newest], key=lambda checkpoint: (checkpoint.val_dice or 0, checkpoint.step))
 
 
 def latest_whole(
@@ -242,8 +248,15 @@ class CheckpointWriter:
   In other processes than the first it does nothing.
   """
 
-  def __init__(self, workdir: str | os.PathLike):
+  def __init__(self, workdir: str | os.PathLike, fingerprint: str | None = None):
+    """Opens a workdir.
+
+    Args:
+      workdir: the folder.
+      fingerprint: of the dataset; a best checkpoint of another one need not be kept.
+    """
     self._workdir = pathlib.Path(workdir).absolute()
+    self._fingerprint = fingerprint
     self._writes = jax.process_index() == 0
     self._saving: int | None = None
     self._manager = self._open() if self._writes else None
@@ -252,12 +265,12 @@ class CheckpointWriter:
     policy = checkpoint_managers.AnyPreservationPolicy(
       [
         checkpoint_managers.LatestN(_LATEST_KEPT),
-        checkpoint_managers.BestN(get_metric_fn=_metric, n=1, keep_checkpoints_without_metrics=False),
+        checkpoint_managers.BestN(get_metric_fn=self._rank, n=1, keep_checkpoints_without_metrics=False),
       ]
     )
     options = ocp.CheckpointManagerOptions(
       preservation_policy=policy,
-      best_fn=_metric,
+      best_fn=self._rank,
       cleanup_tmp_directories=True,
       todelete_subdir=SUPERSEDED_FOLDER,
       multiprocessing_options=_alone(),
@@ -268,6 +281,10 @@ class CheckpointWriter:
     _put_back(self._workdir)
     self._delete_superseded()
     return ocp.CheckpointManager(self._workdir / FOLDER, options=options)
+
+  def _rank(self, metrics: dict[str, Any]) -> float:
+    """The validation Dice; below every other one where it was reached on other data."""
+    return metrics[METRIC] if metrics.get("fingerprint") == self._fingerprint else -1.0
 
   def save(
     self,
@@ -291,7 +308,7 @@ class CheckpointWriter:
       SaveError: it could not be begun.
     """
     if self._writes:
-      metrics = {} if val_dice is None else {METRIC: val_dice}
+      metrics = {} if val_dice is None else {METRIC: val_dice, "fingerprint": self._fingerprint}
       dataset = {**dataclasses.asdict(DatasetInfo.of(manifest)), "fingerprint": manifest.fingerprint()}
       self._save(int(state.step), _items(state), config, dataset, metrics, best)
 
@@ -315,7 +332,7 @@ class CheckpointWriter:
     items: dict[str, Any],
     config: ml_collections.ConfigDict,
     dataset: dict[str, Any],
-    metrics: dict[str, float],
+    metrics: dict[str, Any],
     best: BestSoFar,
   ) -> None:
     documents = {"config": configs.to_json(config), "dataset": dataset, "best": best.to_json()}
@@ -357,16 +374,19 @@ class CheckpointWriter:
 
   def _failure(self, error: Exception) -> SaveError:
     """What to say of a failed save; the writer is then as new, and nothing half-written is left."""
-    for path in (self._workdir / FOLDER).iterdir():
-      if not path.name.isdigit() and path.name != SUPERSEDED_FOLDER:
-        shutil.rmtree(path, ignore_errors=True)
-    self._manager = self._open()
+    what = f"{self._workdir / FOLDER}: the checkpoint of step {self._saving} could not be written ({_reason(error)})"
+    with contextlib.suppress(Exception):  # it has told what it has to tell
+      self._manager.close()
+    try:
+      for path in (self._workdir / FOLDER).iterdir():
+        if not path.name.isdigit() and path.name != SUPERSEDED_FOLDER:
+          shutil.rmtree(path, ignore_errors=True)
+      self._manager = self._open()
+    except OSError as another:
+      return SaveError(f"{what}, and the folder cannot be used any more ({another.strerror or another})")
     whole = self._manager.latest_step()
     before = "there is none before it" if whole is None else f"that of step {whole} is intact"
-    return SaveError(
-      f"{self._workdir / FOLDER}: the checkpoint of step {self._saving} could not be written ({_reason(error)}); "
-      f"{before}"
-    )
+    return SaveError(f"{what}; {before}")
 
   def __enter__(self) -> "CheckpointWriter":
     self._unraisablehook, sys.unraisablehook = sys.unraisablehook, _quiet(sys.unraisablehook)
@@ -420,7 +440,11 @@ def load_trained(workdir: str | os.PathLike, *, checkpoint: str = "best") -> Tra
   """
   if checkpoint not in ("best", "latest"):
     raise ValueError(f"checkpoint must be 'best' or 'latest', got {checkpoint!r}")
-  chosen = choose(workdir, checkpoint)
+  with processes.together():
+    chosen = choose(workdir, checkpoint) if processes.is_first() else None
+  # A run may be writing there: all processes take the one that the first has chosen.
+  step = processes.gather_texts(str(chosen.step) if chosen else "")[0]
+  chosen = chosen or Checkpoint(pathlib.Path(workdir).absolute() / FOLDER / step)
   try:
     config, dataset = chosen.config, chosen.dataset
     model = build_model(config.model, len(dataset.classes))
@@ -452,10 +476,6 @@ def _alone() -> ocp.options.MultiprocessingOptions:
   return ocp.options.MultiprocessingOptions(
     primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process{own}"
   )
-
-
-def _metric(metrics: Any) -> float:
-  return metrics[METRIC]
 
 
 def _items(state: TrainState) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
@@ -16,6 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
+
+from selfreg_jax.errors import FaultError, UserError
+from selfreg_jax.training.signals import TrainingInterruptedError
 
 METRICS_FILE = "metrics.jsonl"
 LOG_FILE = "train.log"
@@ -74,12 +78,12 @@ class RunLogger:
     console: where lines go: standard output.
   """
 
-  def __init__(self, workdir: str | os.PathLike, *, start_step: int, steps: int):
+  def __init__(self, workdir: str | os.PathLike, *, start_step: int, validated: int, steps: int):
     self.workdir = pathlib.Path(workdir)
     self.console = Console(highlight=False, soft_wrap=True)
     self._steps = steps
     self._log = (self.workdir / LOG_FILE).open("a")
-    _drop_lines_after(self.workdir / METRICS_FILE, start_step)
+    _drop_lines_after(self.workdir / METRICS_FILE, start_step, validated)
     self._metrics = (self.workdir / METRICS_FILE).open("a")
     self._board = TensorBoardWriter(self.workdir / "tensorboard", purge_step=start_step + 1 if start_step else None)
     self._warned = False
@@ -102,8 +106,11 @@ class RunLogger:
     self._progress.start()
     return self
 
-  def __exit__(self, *exception) -> None:
+  def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
     self._progress.stop()
+    if error is not None:  # what the screen is told, for those who look later
+      told = isinstance(error, UserError | FaultError | TrainingInterruptedError)
+      self.note(str(error) if told else f"{kind.__name__}: {error}")
     for stream in (self._log, self._metrics, self._board):
       with self._tolerated():
         stream.close()
@@ -191,8 +198,9 @@ class RunLogger:
 class SilentLogger:
   """What the other processes of a run have for a `RunLogger`: the first one speaks for all."""
 
-  def __init__(self, workdir: str | os.PathLike, *, start_step: int, steps: int):
-    del workdir, start_step, steps
+  def __init__(self, workdir: str | os.PathLike, *, start_step: int, validated: int, steps: int):
+    del start_step, validated, steps
+    print(f"process {jax.process_index()}: what happens is told by process 0 and in {workdir}/{LOG_FILE}", flush=True)
 
   def __enter__(self) -> "SilentLogger":
     return self
@@ -260,10 +268,11 @@ def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
   return found
 
 
-def _drop_lines_after(path: pathlib.Path, step: int) -> None:
-  """Forgets what an interrupted run recorded beyond its last checkpoint: those steps are taken again."""
+def _drop_lines_after(path: pathlib.Path, step: int, validated: int) -> None:
+  """Forgets what an interrupted run recorded beyond its last checkpoint: those steps and validations are made again."""
   if not path.exists():
     return
+  kept = [line for line in _read_lines(path) if line["step"] <= (validated if "val/dice" in line else step)]
   temporary = path.with_name(path.name + ".partial")
-  temporary.write_text("".join(json.dumps(line) + "\n" for line in _read_lines(path) if line["step"] <= step))
+  temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
   temporary.replace(path)

@@ -45,6 +45,7 @@ from selfreg_jax.training.step import (
 from selfreg_jax.training.validation import Validation, ValidationInterruptedError
 
 _STEPS_IN_FLIGHT = 2
+_SHOWN = ("total", "ce", "dice", "scr", "ifd", "grad_norm")
 
 
 class TrainingDivergedError(FaultError):
@@ -82,11 +83,17 @@ def train_and_evaluate(
   # 1. Everything that can be wrong, before any compute.
   with processes.together():
     plan = make_plan(config, workdir, devices)
+  processes.check_agreement(plan.facts() | {"--override": override})
   config, mesh, manifest = plan.config, plan.mesh, plan.manifest
 
   with contextlib.ExitStack() as stack:
+    folder = pathlib.Path(workdir)
     with processes.together():
-      folder = stack.enter_context(workdirs.hold(workdir) if processes.is_first() else workdirs.share(workdir))
+      if processes.is_first():
+        stack.enter_context(workdirs.hold(folder))
+    token = processes.gather_texts(workdirs.read_token(folder))[0]
+    with processes.together():
+      workdirs.check_shared(folder, token)
 
     # 2. Network, optimizer, state; the state comes from a checkpoint, from given weights, or at random.
     model = build_model(config.model, manifest.num_classes)
@@ -101,10 +108,12 @@ def train_and_evaluate(
     vote = processes.StopVote(mesh)
     make_logger = RunLogger if processes.is_first() else SilentLogger
     with processes.together(), workdirs.must_be_writable(folder):
-      writer = stack.enter_context(CheckpointWriter(folder))
+      writer = stack.enter_context(CheckpointWriter(folder, manifest.fingerprint()))
       if processes.is_first():
         workdirs.write_config(folder, config)  # only now: a checkpoint that does not fit must leave it as it was
-      logger = stack.enter_context(make_logger(folder, start_step=start_step, steps=plan.steps))
+      logger = stack.enter_context(
+        make_logger(folder, start_step=start_step, validated=best.validated, steps=plan.steps)
+      )
 
     # 3. The loop.
     introduce(logger, state, plan, start_step)
@@ -121,7 +130,7 @@ def train_and_evaluate(
         describe=plan.case_names,
       )
     )
-    stack.enter_context(_peers())
+    stack.enter_context(processes.peers())
     accumulator = MetricAccumulator(config.data.batch_size, feed)
     explain = functools.partial(explain_failure, plan)
 
@@ -137,7 +146,6 @@ def train_and_evaluate(
       saver.finish()
       who = stop.signal_name or "a signal to another process"
       message = f"stopped by {who} after step {done}, which is saved; the same command continues"
-      logger.note(message)
       raise TrainingInterruptedError(message)
 
     try:
@@ -175,7 +183,8 @@ def train_and_evaluate(
     except ValidationInterruptedError:
       leave(done, saved=done == start_step)
     saver.finish()
-    conclude(logger, folder, done)
+    if processes.is_first():
+      conclude(logger, folder, done)
   return state
 
 
@@ -211,20 +220,6 @@ def build_train_step(
   return meshes.jit_for(mesh, step, donate_argnums=0, out_shardings=meshes.replicated(mesh))
 
 
-@contextlib.contextmanager
-def _peers():
-  """Says what it means when a collective operation fails: another process is gone."""
-  try:
-    yield
-  except jax.errors.JaxRuntimeError as error:
-    if jax.process_count() == 1:
-      raise
-    raise FaultError(
-      f"another process was lost ({str(error).splitlines()[0]}); start all of them again with the same command: they "
-      "continue from the last checkpoint"
-    ) from error
-
-
 class Saver:
   """Saves checkpoints, and does what `config.on_save_error` says when that fails."""
 
@@ -236,6 +231,7 @@ class Saver:
     self._config = config
     self._manifest = manifest
     self._stops = config.on_save_error == "stop"
+    self._failed: SaveError | None = None
 
   def save(self, state: TrainState, best: BestSoFar, val_dice: float | None) -> None:
     """Saves in the background, once what was being saved is on disk."""
@@ -247,13 +243,17 @@ class Saver:
   def finish(self) -> None:
     """Waits until the last checkpoint is on disk; that it is cannot be done without, whatever the config says."""
     with processes.together():
+      if self._failed:
+        raise self._failed
       self._writer.settle()
 
   def _attempt(self, action: Callable[[], None]) -> None:
     with processes.together():
       try:
         action()
+        self._failed = None
       except SaveError as error:
+        self._failed = error
         if self._stops:
           raise SaveError(
             f"{error}. Make room and run the same command again; --config.on_save_error=continue goes on without it"
@@ -298,7 +298,8 @@ def introduce(logger: RunLogger, state: TrainState, plan: Plan, start_step: int)
   slices = sum(case.shape[0] for case in train)
   kind = mesh.devices.flat[0].device_kind
   where = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
-  logger.say(parameter_overview.get_parameter_overview(state.params, include_stats=False))
+  if not start_step:
+    logger.say(parameter_overview.get_parameter_overview(state.params, include_stats=False))
   logger.say(f"data     {config.data.dir}: {len(train)} training cases ({slices} slices), {len(val)} validation cases")
   logger.say(f"devices  {mesh.size} x {kind}{where}, computing in {config.model.dtype}")
   batches = f"batches of {config.data.batch_size}"
@@ -360,37 +361,58 @@ def record_training(
   state: TrainState,
   step: int,
   schedule: optax.Schedule,
-  explain: Callable[[RunLogger, TrainState, int], str],
+  explain: Callable[[RunLogger, TrainState, int, str], str],
 ) -> None:
   """Writes the mean metrics since the last record, or stops the run if one of these steps was not finite."""
   steps, pace = accumulator.read()
   failed = int(state.nonfinite_step)
   if failed != NO_STEP:
     terms = steps[failed - (step - len(steps))]
-    values = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
-    message = f"the loss or its gradient is not finite at step {failed}: {values}; {explain(logger, state, failed)}"
-    logger.note(message)
-    raise TrainingDivergedError(message)
+    values = ", ".join(f"{name} {terms[name]:.4g}" for name in _SHOWN if name in terms)
+    raise TrainingDivergedError(explain(logger, state, failed, values))
   counted = [metrics for metrics in steps if not metrics.get("skipped")]
   means = {f"train/{name}": float(np.mean([metrics[name] for metrics in counted or steps])) for name in steps[0]}
-  rates = {"learning_rate": float(schedule(step - 1))} | pace
+  # Of updates, not steps: a skipped one leaves the optimizer, and so its schedule, where it was.
+  rates = {"learning_rate": float(schedule(max(int(state.updates) - 1, 0)))} | pace
   skipped = len(steps) - len(counted)
   if "skipped" in steps[0]:
     rates["skipped"] = skipped
   means |= {f"train/{name}": value for name, value in rates.items()}
-  shown = ("total", "ce", "dice", "scr", "ifd", "grad_norm")
-  losses = "  ".join(f"{name} {means[f'train/{name}']:.4f}" for name in shown if f"train/{name}" in means)
+  losses = "  ".join(f"{name} {means[f'train/{name}']:.4f}" for name in _SHOWN if f"train/{name}" in means)
   line = f"step {step}  {losses}  rate {rates['learning_rate']:.2e}  {pace['slices_per_second']:.1f} slices/s"
   if skipped:
     line += f"  {skipped} updates skipped: not finite"
   logger.scalars(step, means, line)
 
 
-def explain_failure(plan: Plan, logger: RunLogger, state: TrainState, step: int) -> str:
-  """Names the cases of a step whose loss was not finite, and saves its batch as the network saw it."""
-  cases = f"cases of the batch: {plan.case_names(step)}"
-  if not processes.is_first():
-    return cases
+def explain_failure(plan: Plan, logger: RunLogger, state: TrainState, step: int, values: str) -> str:
+  """What to say of a step that was not finite; its batch is saved as the network saw it.
+
+  Args:
+    plan: of the run.
+    logger: takes the batch.
+    state: with the run's key.
+    step: the one that stopped the run.
+    values: its loss and terms, for people.
+
+  Returns:
+    The message.
+  """
+  skips = plan.config.train.on_nonfinite == "skip"
+  what = f"the loss or its gradient is not finite at step {step}"
+  if skips:
+    what += f", the update after {plan.config.train.most_skips} that were skipped in a row (config.train.most_skips)"
+  message = f"{what}: {values}; cases of the batch: {plan.case_names(step)}"
+  if processes.is_first():
+    message += f"; the batch as the network saw it is in {_save_batch(plan, logger, state, step)}"
+  hint = "" if skips else ", --config.train.on_nonfinite=skip to leave such updates out"
+  return (
+    f"{message}. The same command fails again at this step; try a lower rate, --config.optimizer.clip_norm or "
+    f"float32{hint} (see --override where a field may not change)"
+  )
+
+
+def _save_batch(plan: Plan, logger: RunLogger, state: TrainState, step: int) -> pathlib.Path:
   # Random access: the batch of any step can be made again, here the whole of it in one process.
   batch = plan.stream(whole=True)[step]
   tables = augment.ResizeTables.build(plan.dataset.shapes, plan.config.data.image_size)
@@ -398,8 +420,7 @@ def explain_failure(plan: Plan, logger: RunLogger, state: TrainState, step: int)
   input_fn = make_input_fn(plan.config, plan.manifest.scale)
   seen = jax.jit(input_fn)(named_key(key, "input"), batch | {"tables": tables})
   arrays = {name: np.asarray(value) for name, value in seen.items()}
-  path = logger.arrays(f"nonfinite_step_{step:07d}.npz", arrays | {n: batch[n] for n in ("record", "position")})
-  return f"{cases}; the batch as the network saw it is in {path}"
+  return logger.arrays(f"nonfinite_step_{step:07d}.npz", arrays | {n: batch[n] for n in ("record", "position")})
 
 
 def conclude(logger: RunLogger, folder: pathlib.Path, steps: int) -> None:

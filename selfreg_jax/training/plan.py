@@ -11,6 +11,7 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
+import selfreg_jax
 from selfreg_jax import config as configs
 from selfreg_jax import mesh as meshes
 from selfreg_jax.data import manifest as manifests
@@ -45,6 +46,14 @@ class Plan:
   steps_per_epoch: int
   validate_every: int
   patience: int
+
+  def facts(self) -> dict[str, Any]:
+    """What all processes of a run must have in common."""
+    fields = {f"config.{name}": value for name, value in configs.flatten(self.config).items()}
+    own = {f"config.{name}" for name in configs.HARMLESS}
+    common = {name: value for name, value in fields.items() if name not in own - {"config.train.checkpoint_every"}}
+    dataset = f"{self.manifest.dataset} {self.manifest.fingerprint()}"
+    return common | {"the dataset": dataset, "jax": jax.__version__, "selfreg_jax": selfreg_jax.__version__}
 
   def validates_at(self, step: int) -> bool:
     """Whether there is a validation after so many steps."""

@@ -22,7 +22,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-  """Turns the first SIGTERM or SIGINT into a request; a second one acts as if nothing had been caught.
+  """Turns the first SIGTERM or SIGINT into a request; a second one ends the process at once.
 
   Yields:
     The request, false until a signal comes. Outside the main thread signals cannot be caught, and it stays false.
@@ -34,18 +34,16 @@ def stop_requests() -> Iterator[StopRequest]:
   signals = (signal.SIGTERM, signal.SIGINT)
   previous = {number: signal.getsignal(number) for number in signals}
 
-  def restore() -> None:
-    for number, handler in previous.items():
-      signal.signal(number, handler)
-
   def handle(number: int, frame: object) -> None:
     del frame
     request.signal_name = signal.Signals(number).name
-    restore()
+    for both in signals:
+      signal.signal(both, signal.SIG_DFL)
 
   for number in signals:
     signal.signal(number, handle)
   try:
     yield request
   finally:
-    restore()
+    for number, handler in previous.items():
+      signal.signal(number, handler)

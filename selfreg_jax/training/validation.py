@@ -16,7 +16,7 @@ from selfreg_jax.data import manifest as manifests
 from selfreg_jax.data.manifest import Case, Manifest
 from selfreg_jax.evaluation import metrics as volume_metrics
 from selfreg_jax.evaluation import protocols, report
-from selfreg_jax.evaluation.inference import SlicePredictor
+from selfreg_jax.evaluation.inference import PredictFn, SlicePredictor
 from selfreg_jax.training.logging import RunLogger
 from selfreg_jax.training.step import TrainState
 
@@ -65,16 +65,8 @@ class Validation:
       return None
     start = time.monotonic()
     predict_fn = functools.partial(self._apply, meshes.local_copy(state.evaluated, self._mesh))
-    own_dice, pictures = [], []
-    for index, case in enumerate(self._own):
-      if stop():
-        break
-      logger.alive(f"validating case {index + 1}/{len(self._own)}")
-      image, truth = self._arrays.image(case), self._arrays.label(case)
-      prediction = self._predictor.classes(predict_fn, image, scale=self._manifest.scale)
-      confusion = volume_metrics.confusion_matrix(prediction, truth, num_classes=self._manifest.num_classes)
-      own_dice.append(list(protocols.dice_per_class(confusion)))
-      pictures += list(self._choose(index, case, image, truth, prediction))
+    with processes.together():
+      own_dice, pictures = self._predict_own(logger, predict_fn, stop)
     complete = len(own_dice) == len(self._own)
     shares = [json.loads(text) for text in processes.gather_texts(json.dumps(own_dice if complete else None))]
     if None in shares:
@@ -88,12 +80,28 @@ class Validation:
         scalars[f"val/dice/{name}"] = float(scored.mean())
     line = f"step {step}  validation Dice {mean:.4f} on {len(per_case)} cases in {time.monotonic() - start:.1f} s"
     logger.scalars(step, scalars, line)
-    if pictures:
+    if pictures and processes.is_first():
       panel = report.overlay_panel(*zip(*pictures, strict=True), class_names=self._manifest.classes)
       enlarge = max(_PANEL_WIDTH // panel.shape[1], 1)
       logger.panel(step, panel.repeat(enlarge, axis=0).repeat(enlarge, axis=1))
     logger.curves()
     return None if np.isnan(mean) else mean
+
+  def _predict_own(
+    self, logger: RunLogger, predict_fn: PredictFn, stop: Callable[[], bool]
+  ) -> tuple[list[list[float]], list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+    """Dice of each of this process's cases by class, as far as it came before it was to stop; slices for the panel."""
+    own_dice, pictures = [], []
+    for index, case in enumerate(self._own):
+      if stop():
+        break
+      logger.alive(f"validating case {index + 1}/{len(self._own)}")
+      image, truth = self._arrays.image(case), self._arrays.label(case)
+      prediction = self._predictor.classes(predict_fn, image, scale=self._manifest.scale)
+      confusion = volume_metrics.confusion_matrix(prediction, truth, num_classes=self._manifest.num_classes)
+      own_dice.append(list(protocols.dice_per_class(confusion)))
+      pictures += list(self._choose(index, case, image, truth, prediction))
+    return own_dice, pictures
 
   def _choose(
     self, index: int, case: Case, image: np.ndarray, truth: np.ndarray, prediction: np.ndarray

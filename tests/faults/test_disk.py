@@ -84,7 +84,7 @@ def test_a_workdir_serves_one_run(prepared, whole, tmp_path):
   first = harness.start_training(prepared, tmp_path / "run", tmp_path / "first.txt", **fields)
   first.until(lambda: "compiling" in first.output)
   second = harness.start_training(prepared, tmp_path / "run", tmp_path / "second.txt", **fields)
-  second.check_clear(2, "another run is using this workdir")
+  second.check_clear(2, "another run is using this folder")
   assert first.running
   assert first.kill()
   third = harness.start_training(prepared, tmp_path / "run", tmp_path / "third.txt", **FIELDS)

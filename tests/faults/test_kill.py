@@ -23,3 +23,5 @@ def test_twenty_kills_leave_no_trace(prepared, whole, tmp_path):
   writing, deleting = sum(kill.writing for kill in kills), sum(kill.deleting for kill in kills)
   print(f"\n{len(kills)} kills, {writing} while a checkpoint was being written, {deleting} while one was being deleted")
   harness.assert_same_run(tmp_path / "run", whole)
+  assert writing >= 2
+  assert deleting >= 1
