@@ -7,7 +7,7 @@ RUN ?= runs/quickstart
 
 SELENIUM := selenium==4.51.0
 
-.PHONY: quickstart test test-faults test-report lint format clean
+.PHONY: quickstart test test-faults test-report bench lint format clean
 
 quickstart: $(VENV)/.installed
 	@test -f $(DATA)/manifest.json || $(BIN)/python -m selfreg_jax.data.prepare --dataset=phantom --output=$(DATA)
@@ -30,6 +30,16 @@ test-report: $(VENV)/.installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(SELENIUM)
 	$(BIN)/python -m pytest -q tests/browser
 
+# The short forms, on the CPU: they show that every comparison runs, not how it comes out.
+bench: $(VENV)/.installed-benchmarks
+	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.train_step --short
+	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.regularization_cost --short
+	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.input_pipeline --short
+	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.surface_metrics --short
+	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.volume_inference --short
+	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.startup --short
+	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.scaling --short
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,4 +57,10 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+# PyTorch's build for the CPU, a tenth of the download; on a machine with a GPU install its own build instead.
+$(VENV)/.installed-benchmarks: $(VENV)/.installed benchmarks/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt \
+	  --extra-index-url https://download.pytorch.org/whl/cpu
 	@touch $@

@@ -102,6 +102,7 @@ class Row:
     unit: of both.
     spread: e.g. the quartiles of both sides, for people.
     target: largest ratio ours / other that is aimed at; None without one.
+    target_of_ours: the target is for `ours` itself, not for the ratio.
     higher_is_better: whether the ratio is to be read as other / ours for the target.
     details: further numbers for the JSON.
   """
@@ -112,6 +113,7 @@ class Row:
   unit: str = "s"
   spread: str = ""
   target: float | None = None
+  target_of_ours: bool = False
   higher_is_better: bool = False
   details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -199,7 +201,7 @@ def present(
       f"{row.ours:.4g}",
       "-" if row.other is None else f"{row.other:.4g}",
       "-" if row.ratio is None else f"{row.ratio:.3f}",
-      "-" if row.target is None else f"{'>=' if row.higher_is_better else '<='} {row.target:g}",
+      _target(row),
       row.spread,
     )
   console.print(result)
@@ -207,6 +209,12 @@ def present(
   console.print(f"{facts['device']} of {facts['processor']}, {facts['cores']} cores, load {facts['load']}; {versions}")
   for note in notes:
     console.print(note, markup=False, highlight=False)
+
+
+def _target(row: Row) -> str:
+  if row.target is None:
+    return "-"
+  return f"{'ours ' if row.target_of_ours else ''}{'>=' if row.higher_is_better else '<='} {row.target:g}"
 
 
 def run(main: Callable[[], None]) -> None:

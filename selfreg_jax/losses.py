@@ -158,10 +158,7 @@ def internal_feature_distillation(
   scores = order(jax.lax.stop_gradient(feature_map), axis_name)
   ranking = jnp.argsort(-scores, stable=True)
   half = channels // 2
-  # A ranking names no channel twice, which spares its gradient the additions.
-  top = feature_map.at[..., ranking[:half]].get(unique_indices=True)
-  bottom = feature_map.at[..., ranking[half : 2 * half]].get(unique_indices=True)
-  difference = top - bottom
+  difference = _channel_difference(feature_map, ranking[:half], ranking[half : 2 * half])
   powered = difference**2 if p == 2 else jnp.abs(difference) ** p
   return _mean_over_devices(_mean_of_map(powered), axis_name)
 
@@ -208,7 +205,7 @@ def random_pairing(key: Array, student_channels: int, target_channels: int) -> C
   """
   count = min(student_channels, target_channels)
   drawn = jax.random.permutation(key, max(student_channels, target_channels))[:count]
-  own_order = jnp.arange(count)
+  own_order = np.arange(count)  # of numpy, by which the loss sees that there is nothing to reorder
   return (drawn, own_order) if target_channels <= student_channels else (own_order, drawn)
 
 
@@ -330,13 +327,53 @@ def _consistency(
       raise ValueError("semantic consistency draws its channel pairs at random: give a key, or channels")
     student_index, target_index = pairing(key, student.shape[-1], target.shape[-1])
   else:
-    student_index, target_index = (jnp.asarray(indices) for indices in channels)
-    if student_index.shape != target_index.shape or student_index.ndim != 1:
+    student_index, target_index = channels
+    if np.shape(student_index) != np.shape(target_index) or np.ndim(student_index) != 1:
       raise ValueError(
-        f"channels must be two index vectors of one length, got {student_index.shape} and {target_index.shape}"
+        f"channels must be two index vectors of one length, got {np.shape(student_index)} and {np.shape(target_index)}"
       )
-  difference = jnp.take(student, student_index, axis=-1) - jnp.take(target, target_index, axis=-1)
+  difference = _channels(student, student_index) - _channels(target, target_index)
   return _mean_over_devices(_mean_of_map(difference**2), axis_name)
+
+
+def _channels(x: Array, index: Array | np.ndarray) -> Array:
+  """x[..., index], by the way that suits the device."""
+  if isinstance(index, np.ndarray) and np.array_equal(index, np.arange(x.shape[-1])):
+    return x
+  return jax.lax.platform_dependent(
+    x,
+    jnp.asarray(index),
+    # A processor gathers channels one number at a time, and scatters their gradients so; a product with zeros and ones
+    # gives the very same numbers several times faster.
+    cpu=lambda x, index: _product(x, _selection(index, x)),
+    default=lambda x, index: jnp.take(x, index, axis=-1),
+  )
+
+
+def _channel_difference(x: Array, first: Array, second: Array) -> Array:
+  """x[..., first] - x[..., second] for indices that name no channel twice, by the way that suits the device."""
+  return jax.lax.platform_dependent(
+    x,
+    first,
+    second,
+    cpu=lambda x, first, second: _product(x, _selection(first, x) - _selection(second, x)),
+    # That no channel is named twice spares the gradients the additions.
+    default=lambda x, first, second: (
+      x.at[..., first].get(unique_indices=True) - x.at[..., second].get(unique_indices=True)
+    ),
+  )
+
+
+def _selection(index: Array, x: Array) -> Array:
+  """(C, len(index)) zeros and ones, one in each column; NaN in the column of an index that does not exist."""
+  channels = x.shape[-1]
+  index = jnp.where(index < 0, index + channels, index)
+  exists = (index >= 0) & (index < channels)
+  return jnp.where(exists, index == jnp.arange(channels)[:, None], jnp.nan).astype(x.dtype)
+
+
+def _product(x: Array, matrix: Array) -> Array:
+  return jnp.matmul(x, matrix, precision=jax.lax.Precision.HIGHEST)
 
 
 def _target(final: Array, size: tuple[int, int], pool: Pool) -> Array:

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import selfreg_jax as sr
+from selfreg_jax import losses
 from tests.conftest import nhwc
 
 UNET_NAMES = {f"enc{i}": f"encoder_{i}" for i in (1, 2, 3, 4)} | {f"dec{i}": f"decoder_{i}" for i in (1, 2, 3)}
@@ -340,3 +341,25 @@ def test_bad_arguments_are_refused_at_trace_time(name):
   call, error, message = BAD_CALLS[name]
   with pytest.raises(error, match=message):
     jax.eval_shape(call)
+
+
+def test_channels_selected_by_a_product_are_those_that_are_gathered():
+  """The way of processors and the way of all other devices give the same numbers and gradients."""
+  x = jax.random.normal(jax.random.key(0), (2, 3, 4, 8))
+  weights = jax.random.normal(jax.random.key(1), (2, 3, 4, 5))
+  first, second = jnp.asarray([7, 0, 3, -2, 1]), jnp.asarray([2, 4, 5, 6, 0])
+  ways = {
+    "selected": (lambda x: losses._channels(x, first), lambda x: jnp.take(x, first, axis=-1)),
+    "difference": (
+      lambda x: losses._channel_difference(x, first, second),
+      lambda x: jnp.take(x, first, axis=-1) - jnp.take(x, second, axis=-1),
+    ),
+  }
+  for ours, plain in ways.values():
+    assert " gather(" not in jax.jit(ours).lower(x).compile().as_text()
+    np.testing.assert_array_equal(ours(x), plain(x))
+    gradients = [jax.grad(lambda x, way=way: jnp.sum(way(x) * weights))(x) for way in (ours, plain)]
+    np.testing.assert_allclose(*gradients, rtol=1e-6)
+  assert losses._channels(x, np.arange(8)) is x
+  missing = losses._channels(x, jnp.asarray([0, 8]))
+  np.testing.assert_array_equal(np.isnan(missing).any(axis=(0, 1, 2)), [False, True])

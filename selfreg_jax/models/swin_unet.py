@@ -113,6 +113,36 @@ def _read_only(array: np.ndarray) -> np.ndarray:
   return array
 
 
+@jax.custom_vjp
+def _widening_product(x: Array, kernel: Array) -> Array:
+  """The product x @ kernel, (..., C) by (C, F) with F > C, with a gradient that suits XLA's CPU backend.
+
+  That backend copies the transpose of the first factor of a product, and whatever computes the factor is computed once
+  more on the way. JAX puts the gradient of the output first when it makes the kernel's gradient; here x comes first,
+  which is narrower. The numbers are the same.
+  """
+  return jnp.matmul(x, kernel)
+
+
+def _widening_product_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+  x, kernel = saved
+  leading = tuple(range(x.ndim - 1))
+  return jnp.matmul(gradient, kernel.T), jax.lax.dot_general(x, gradient, ((leading, leading), ((), ())))
+
+
+_widening_product.defvjp(lambda x, kernel: (jnp.matmul(x, kernel), (x, kernel)), _widening_product_backward)
+
+
+def _product(x: Array, kernel: Array, dimension_numbers: Any, **options: Any) -> Array:
+  """The product that `nn.Dense` asks for, of (..., C) by (C, F)."""
+  if x.shape[-1] < kernel.shape[-1]:
+    return _widening_product(x, kernel)
+  return jax.lax.dot_general(x, kernel, dimension_numbers, **options)
+
+
+_Dense = functools.partial(nn.Dense, kernel_init=_linear_init, dot_general=_product)
+
+
 class WindowAttention(nn.Module):
   """Multi-head attention inside windows of a map, with a learned bias for each relative position.
 
@@ -136,7 +166,7 @@ class WindowAttention(nn.Module):
     batch, height, width, channels = x.shape
     window, tokens = self.window, self.window**2
     grid = (height // window, width // window)
-    dense = functools.partial(nn.Dense, kernel_init=_linear_init, dtype=self.dtype, param_dtype=self.param_dtype)
+    dense = functools.partial(_Dense, dtype=self.dtype, param_dtype=self.param_dtype)
     table = self.param(
       "relative_position_bias_table", _linear_init, ((2 * window - 1) ** 2, self.heads), self.param_dtype
     )
@@ -190,9 +220,9 @@ class SwinBlock(nn.Module):
     x = x + drop_path(attention(_LayerNorm(**types, name="norm1")(x)))
     channels = x.shape[-1]
     y = _LayerNorm(**types, name="norm2")(x)
-    y = nn.Dense(_MLP_RATIO * channels, kernel_init=_linear_init, **types, name="mlp1")(y)
+    y = _Dense(_MLP_RATIO * channels, **types, name="mlp1")(y)
     y = nn.gelu(y, approximate=False)
-    y = nn.Dense(channels, kernel_init=_linear_init, **types, name="mlp2")(y)
+    y = _Dense(channels, **types, name="mlp2")(y)
     return x + drop_path(y)
 
 
@@ -210,7 +240,7 @@ class PatchMerging(nn.Module):
     cells = x.reshape(batch, height // 2, 2, width // 2, 2, channels).transpose(0, 1, 3, 4, 2, 5)
     cells = cells.reshape(batch, height // 2, width // 2, 4 * channels)
     cells = _LayerNorm(**types, name="norm")(cells)
-    return nn.Dense(2 * channels, use_bias=False, kernel_init=_linear_init, **types, name="reduction")(cells)
+    return _Dense(2 * channels, use_bias=False, **types, name="reduction")(cells)
 
 
 class PatchExpanding(nn.Module):
@@ -234,7 +264,7 @@ class PatchExpanding(nn.Module):
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     batch, height, width, _ = x.shape
     scale, features = self.scale, self.features
-    x = nn.Dense(scale**2 * features, use_bias=False, kernel_init=_linear_init, **types, name="expand")(x)
+    x = _Dense(scale**2 * features, use_bias=False, **types, name="expand")(x)
     x = x.reshape(batch, height, width, scale, scale, features).swapaxes(2, 3)
     x = x.reshape(batch, scale * height, scale * width, features)
     return _LayerNorm(**types, name="norm")(x)
@@ -320,7 +350,7 @@ class SwinUNet(nn.Module):
       i = stages - 1 - d  # the encoder stage of the same resolution
       x = PatchExpanding(x.shape[-1] // 2, 2, **types, name=f"expand{d}")(x)
       x = jnp.concatenate([x, skips[i]], axis=-1)
-      x = nn.Dense(self.embed_dim * 2**i, kernel_init=_linear_init, **types, name=f"concat{d}")(x)
+      x = _Dense(self.embed_dim * 2**i, **types, name=f"concat{d}")(x)
       x = self._stage(f"decoder{d}", f"decoder_{d}", x, i, rates[i], train)
     x = norm(name="norm_up")(x)
     x = PatchExpanding(self.embed_dim, PATCH, **types, name="expand_final")(x)

@@ -46,6 +46,27 @@ def upsample_bilinear(x: Array) -> Array:
   return x
 
 
+def max_pool(x: Array) -> Array:
+  """Largest value of every 2x2 cell, and of an odd last row or column nothing, as `nn.max_pool` gives it.
+
+  The gradient goes to the first of several largest values, row by row, as there and in PyTorch. But it is made of
+  comparisons, which XLA fuses into one loop; the gradient of `nn.max_pool` is a scatter, for which XLA's CPU backend
+  writes out the coordinates of every number.
+
+  Args:
+    x: (B, H, W, C).
+
+  Returns:
+    (B, H // 2, W // 2, C).
+  """
+  height, width = (size // 2 * 2 for size in x.shape[1:3])
+  largest = x[:, 0:height:2, 0:width:2]
+  for row, column in ((0, 1), (1, 0), (1, 1)):
+    other = x[:, row:height:2, column:width:2]
+    largest = jnp.where((largest < other) | jnp.isnan(other), other, largest)
+  return largest
+
+
 class ConvBlock(nn.Module):
   """(3x3 convolution without bias, BatchNorm, ReLU) twice: (B, H, W, in) -> (B, H, W, features).
 
@@ -190,7 +211,7 @@ class UNet(nn.Module):
     skips = []
     for i, width in enumerate(down_widths, 1):
       skips.append(x)
-      x = block_class(width, name=f"down{i}", **common)(nn.max_pool(x, (2, 2), strides=(2, 2)), train)
+      x = block_class(width, name=f"down{i}", **common)(max_pool(x), train)
       self._sow(f"encoder_{i}", x)
     for i, width in enumerate(up_widths, 1):
       up = Up(width, self.upsample, remat=self.remat, name=f"up{i}", **common)

@@ -318,7 +318,7 @@ def compile_step(logger: RunLogger, train_step: Any, state: TrainState, batch: B
   """Compiles the step ahead of its first call, and says how long it takes: nothing else moves meanwhile."""
   logger.say("compiling the training step ...")
   start = time.monotonic()
-  compiled = train_step.lower(state, batch).compile()
+  compiled = meshes.compile_ahead(train_step, state, batch)
   logger.say(f"compiled in {time.monotonic() - start:.0f} s")
   return compiled
 

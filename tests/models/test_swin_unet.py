@@ -228,6 +228,18 @@ def test_gradients_equal_float64():
   assert np.sqrt(sum(jax.tree.leaves(difference))) < 1e-3 * norm
 
 
+def test_a_widening_product_is_a_product():
+  x, kernel = jax.random.normal(jax.random.key(0), (2, 3, 4, 5)), jax.random.normal(jax.random.key(1), (5, 8))
+  weights = jax.random.normal(jax.random.key(2), (2, 3, 4, 8))
+  results = [
+    jax.value_and_grad(lambda x, kernel, product=product: jnp.sum(product(x, kernel) * weights), argnums=(0, 1))(
+      x, kernel
+    )
+    for product in (swin_unet._widening_product, jnp.matmul)
+  ]
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), *results)
+
+
 def test_bfloat16_computes_in_bfloat16_and_gives_float32_logits():
   variables = small_variables()
   model = sr.SwinUNet(num_classes=3, dtype=jnp.bfloat16, **SMALL)

@@ -1,11 +1,12 @@
 import flax
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import selfreg_jax as sr
-from selfreg_jax.models.unet import upsample_bilinear
+from selfreg_jax.models.unet import max_pool, upsample_bilinear
 from tests.conftest import nhwc, subsample, unet_state_dict
 
 
@@ -64,6 +65,24 @@ def test_bilinear_upsampling_interpolates_with_aligned_corners(size):
     positions = np.linspace(0, n - 1, 2 * n)
     expected = np.apply_along_axis(lambda line, p=positions: np.interp(p, np.arange(len(line)), line), axis, expected)
   np.testing.assert_allclose(upsample_bilinear(jnp.asarray(x, jnp.float32)), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(8, 9), (96, 96), (224, 224)])  # at the last two, a reshaped maximum is wrong
+def test_maxima_and_their_gradients_are_those_of_flax(size):
+  x = jnp.round(4 * jax.random.normal(jax.random.key(0), (2, *size, 3))) / 4  # with many equal values in a cell
+  weights = jax.random.normal(jax.random.key(1), (2, size[0] // 2, size[1] // 2, 3))
+  results = [
+    jax.jit(jax.value_and_grad(lambda x, pool=pool: jnp.sum(pool(x) * weights)))(x)
+    for pool in (max_pool, lambda x: nn.max_pool(x, (2, 2), strides=(2, 2)))
+  ]
+  np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-5)
+  np.testing.assert_array_equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("place", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_a_maximum_with_a_nan_is_nan(place):
+  x = jnp.ones((1, 2, 2, 1)).at[0, place[0], place[1], 0].set(jnp.nan)
+  assert np.isnan(max_pool(x)).all()
 
 
 @pytest.mark.parametrize("upsample", ["bilinear", "transpose"])

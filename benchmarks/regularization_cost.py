@@ -1,0 +1,92 @@
+"""What the self-regularization adds to a training step: SCR, IFD and both, on both backbones, here and in PyTorch.
+
+  python -m benchmarks.regularization_cost [--network=both|unet|swin_unet] [--short] [--json] [--batch_size=4]
+
+All variants of a network take their steps in turns in one run, the rows give the added share of the step without
+regularization. Equality of both sides is checked for every variant before anything is timed. PyTorch runs eager, in
+channels_last.
+"""
+
+import argparse
+import gc
+
+import jax
+
+from benchmarks import measuring
+from benchmarks.measuring import Row, Timing
+from benchmarks.steps import Ours, Setting, Theirs, require_equal_steps
+
+# Largest added share of a step, in percent, that is aimed at for the whole method on a CPU.
+TARGETS = {"unet": 3.0, "swin_unet": 5.0}
+VARIANTS = ("baseline", "scr", "ifd", "selfreg")
+
+
+def main() -> None:
+  """Measures and prints."""
+  flags = _flags()
+  rows = []
+  for network in ("unet", "swin_unet") if flags.network == "both" else (flags.network,):
+    rows += _rows(network, flags)
+    gc.collect()
+  platform = jax.default_backend()
+  measuring.present(
+    "Added by self-regularization",
+    rows,
+    as_json=flags.json,
+    device=None if platform == "cpu" else jax.devices()[0].device_kind,
+    other="PyTorch",
+    notes=[
+      "added: median over the rounds of (a step with the term / the step without in the same round - 1)",
+      "the aim is at our own added share; the ratio says whose is smaller",
+    ],
+  )
+
+
+def _flags() -> argparse.Namespace:
+  parser = measuring.parser(__doc__)
+  parser.add_argument("--network", choices=("both", "unet", "swin_unet"), default="both")
+  parser.add_argument("--batch_size", type=int, help="slices of a batch; 4 on a CPU, 24 on a GPU")
+  parser.add_argument("--rounds", type=int, help="timed steps of each variant and side; 11, or 3 with --short")
+  parser.add_argument("--budget", type=float, default=1200.0, help="seconds for a network; three rounds at least")
+  flags = parser.parse_args()
+  flags.batch_size = flags.batch_size or (24 if jax.default_backend() == "gpu" else 2 if flags.short else 4)
+  flags.rounds = flags.rounds or (3 if flags.short else 11)
+  return flags
+
+
+def _rows(network: str, flags: argparse.Namespace) -> list[Row]:
+  dtype = "bfloat16" if jax.default_backend() == "gpu" else "float32"
+  steps = {}
+  for variant in VARIANTS:
+    setting = Setting(network, variant, flags.batch_size, flags.short, dtype)
+    ours, theirs = Ours(setting), Theirs(setting)
+    require_equal_steps(ours, theirs)
+    steps |= {f"ours {variant}": ours, f"PyTorch {variant}": theirs}
+  timings = measuring.alternate(steps, rounds=flags.rounds, warmup=1, budget=flags.budget)
+
+  baseline = timings["ours baseline"], timings["PyTorch baseline"]
+  rows = [measuring.timed_row(f"{network} baseline: step", *baseline)]
+  for variant in VARIANTS[1:]:
+    added = [added_percent(timings[f"{side} {variant}"], timings[f"{side} baseline"]) for side in ("ours", "PyTorch")]
+    rows.append(
+      Row(
+        f"{network}: {' and '.join(('SCR', 'IFD') if variant == 'selfreg' else (variant.upper(),))}",
+        *(shares.median for shares in added),
+        unit="% added",
+        spread="; ".join(f"{low:.3g}..{high:.3g}" for low, high in (shares.quartiles for shares in added)),
+        target=TARGETS[network] if variant == "selfreg" and not flags.short else None,
+        target_of_ours=True,
+        details={side: timings[f"{side} {variant}"].to_json() for side in ("ours", "PyTorch")},
+      )
+    )
+  return rows
+
+
+def added_percent(term: Timing, baseline: Timing) -> Timing:
+  """By how many percent each run is longer than the baseline's of the same round."""
+  pairs = zip(term.seconds, baseline.seconds, strict=True)
+  return Timing(tuple(100 * (with_term / without - 1) for with_term, without in pairs))
+
+
+if __name__ == "__main__":
+  measuring.run(main)

@@ -1,0 +1,188 @@
+"""A training step of the paper's networks against PyTorch: time, share of what the device can do, memory.
+
+  python -m benchmarks.train_step [--network=both|unet|swin_unet] [--short] [--json] [--batch_size=4] [--rounds=9]
+
+Forward pass, 0.4 CE + 0.6 Dice, without ("baseline") and with SCR and IFD ("selfreg"), backward pass and a step of SGD,
+at 224x224 with 9 classes. Equality is checked before anything is timed. PyTorch runs in channels_last, eager and
+through torch.compile, and the faster of the two counts; on a GPU both sides compute in bfloat16 (PyTorch by autocast).
+Peak memory: on a CPU the growth of a fresh process a side, what was imported left out; on a GPU the allocators' peaks.
+"""
+
+import argparse
+import gc
+import json
+import os
+import resource
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two frameworks share a GPU
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import measuring
+from benchmarks.measuring import Row, Timing
+from benchmarks.steps import Ours, Setting, Theirs, require_equal_steps
+
+# Largest ratios ours / PyTorch that are aimed at.
+TIME_TARGETS = {"cpu": {"unet": 1.25, "swin_unet": 1.0}, "gpu": {"unet": 0.75, "swin_unet": 0.75}}
+MEMORY_TARGETS = {"cpu": 1.0, "gpu": 0.8}
+_SIDES = {"ours": Ours, "PyTorch": Theirs}
+_MEMORY_STEPS = 3
+
+
+def main() -> None:
+  """Measures and prints."""
+  flags = _flags()
+  if flags.memory_of:
+    print(json.dumps(_memory_here(flags.memory_of, next(_settings(flags)))))
+    return
+  rows, notes = [], []
+  for setting in _settings(flags):
+    sides, facts = _sides(setting, compiled=flags.compiled, notes=notes)
+    sides["matmul"], operations = _matmul(setting)
+    timings = measuring.alternate(sides, rounds=flags.rounds, warmup=2, budget=flags.budget)
+    rate = operations / timings.pop("matmul").median
+    rows += _time_rows(setting, timings, facts, rate)
+    sides.clear()
+    gc.collect()
+  for network in {setting.network: None for setting in _settings(flags)}:
+    rows.append(_memory_row(flags, network))
+  device = None if _platform() == "cpu" else jax.devices()[0].device_kind
+  notes.append("PyTorch: the faster of eager and torch.compile" if flags.compiled else "PyTorch: eager")
+  measuring.present("Training step", rows, as_json=flags.json, device=device, other="PyTorch", notes=notes)
+
+
+def _flags() -> argparse.Namespace:
+  parser = measuring.parser(__doc__)
+  parser.add_argument("--network", choices=("both", "unet", "swin_unet"), default="both")
+  parser.add_argument("--variant", choices=("both", "baseline", "selfreg"), default="both")
+  parser.add_argument("--batch_size", type=int, help="slices of a batch; 4 on a CPU, 24 on a GPU")
+  parser.add_argument("--rounds", type=int, help="timed steps of each side; 9, or 3 with --short")
+  parser.add_argument(
+    "--budget", type=float, default=600.0, help="seconds for a network and variant; three rounds at least"
+  )
+  parser.add_argument(
+    "--compiled", action=argparse.BooleanOptionalAction, help="PyTorch also through torch.compile; off with --short"
+  )
+  parser.add_argument("--memory_of", choices=tuple(_SIDES), help=argparse.SUPPRESS)  # the child process of a side
+  flags = parser.parse_args()
+  flags.batch_size = flags.batch_size or (24 if _platform() == "gpu" else 2 if flags.short else 4)
+  flags.rounds = flags.rounds or (3 if flags.short else 9)
+  flags.compiled = not flags.short if flags.compiled is None else flags.compiled
+  return flags
+
+
+def _platform() -> str:
+  return jax.default_backend()
+
+
+def _settings(flags: argparse.Namespace) -> Iterator[Setting]:
+  dtype = "bfloat16" if _platform() == "gpu" else "float32"
+  for network in ("unet", "swin_unet") if flags.network == "both" else (flags.network,):
+    for variant in ("baseline", "selfreg") if flags.variant == "both" else (flags.variant,):
+      yield Setting(network, variant, flags.batch_size, flags.short, dtype)
+
+
+def _sides(setting: Setting, *, compiled: bool, notes: list[str]) -> tuple[dict[str, Callable[[], None]], dict]:
+  """The functions to time, which are known to compute the same, and facts of our program."""
+  ours, eager = Ours(setting), Theirs(setting)
+  require_equal_steps(ours, eager)
+  sides: dict[str, Callable[[], None]] = {"ours": ours, "eager": eager}
+  if compiled:
+    try:
+      (faster := Theirs(setting, compiled=True))()
+    except Exception as error:  # torch.compile wants a C++ compiler or Triton, and fails in many ways
+      notes.append(f"{setting.network} {setting.variant}: torch.compile failed here: {str(error).splitlines()[0]}")
+    else:
+      sides["compiled"] = faster
+  return sides, {"compile_seconds": ours.compile_seconds, "operations": ours.compiled.cost_analysis()["flops"]}
+
+
+def _matmul(setting: Setting) -> tuple[Callable[[], None], float]:
+  """A product of large square matrices, and its operations: what the device can do at best."""
+  side = 8192 if _platform() == "gpu" else 512 if setting.short else 2048
+  matrix = jnp.ones((side, side), setting.dtype)
+  product = jax.jit(jnp.matmul)
+  return lambda: product(matrix, matrix).block_until_ready(), 2.0 * side**3
+
+
+def _time_rows(setting: Setting, timings: dict[str, Timing], facts: dict[str, float], rate: float) -> list[Row]:
+  name = f"{setting.network} {setting.variant}"
+  ours = timings.pop("ours")
+  which, other = min(timings.items(), key=lambda item: item[1].median)
+  target = None if setting.short else TIME_TARGETS.get(_platform(), {}).get(setting.network)
+  details = {"pytorch": which, "all_pytorch": {side: timing.to_json() for side, timing in timings.items()}}
+  achieved = facts["operations"] / ours.median
+  return [
+    measuring.timed_row(f"{name}: step ({which})", ours, other, target=target, **details),
+    Row(
+      f"{name}: throughput",
+      setting.batch_size / ours.median,
+      setting.batch_size / other.median,
+      unit="slices/s",
+      higher_is_better=True,
+    ),
+    Row(
+      f"{name}: arithmetic",
+      achieved / 1e9,
+      unit="GFLOP/s",
+      spread=f"{achieved / rate:.0%} of a large matmul's {rate / 1e9:.4g}",
+      details={"operations_of_a_step": facts["operations"], "matmul_rate": rate},
+    ),
+    Row(f"{name}: compilation", facts["compile_seconds"]),
+  ]
+
+
+def _memory_row(flags: argparse.Namespace, network: str) -> Row:
+  """Peak memory of the whole method's step, each side in a process of its own."""
+  peaks = {}
+  for side in _SIDES:
+    command = [sys.executable, "-m", "benchmarks.train_step", f"--memory_of={side}", f"--network={network}"]
+    command += ["--variant=selfreg", f"--batch_size={flags.batch_size}", *(["--short"] if flags.short else [])]
+    try:
+      output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    except subprocess.CalledProcessError as error:
+      raise measuring.NotComparableError(f"memory of {side}: the process ended with {error.returncode}") from error
+    peaks[side] = json.loads(output.splitlines()[-1])
+  ours, other = (peaks[side]["peak"] / 2**20 for side in ("ours", "PyTorch"))
+  target = None if flags.short else MEMORY_TARGETS.get(_platform())
+  return Row(f"{network} selfreg: peak memory", ours, other, unit="MiB", target=target, details=peaks)
+
+
+def _memory_here(side: str, setting: Setting) -> dict[str, float]:
+  """Peak memory of a few steps of one side in this process, in bytes."""
+  if side == "PyTorch":
+    import torch._dynamo  # the optimizers import it when they are first made
+
+    import benchmarks.torch_losses  # noqa: F401
+  on_gpu = _platform() == "gpu"
+  before = _resident()
+  step = _SIDES[side](setting)
+  found = {}
+  if side == "ours":
+    step.start()
+    step.compile()
+    found = {"after_compilation": _resident() - before}
+  for _ in range(_MEMORY_STEPS):
+    step()
+  if on_gpu and side == "ours":
+    return found | {"peak": jax.devices()[0].memory_stats()["peak_bytes_in_use"]}
+  if on_gpu:
+    import torch
+
+    return found | {"peak": torch.cuda.max_memory_allocated()}
+  return found | {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before}
+
+
+def _resident() -> int:
+  with open("/proc/self/statm") as file:
+    return int(file.read().split()[1]) * resource.getpagesize()
+
+
+if __name__ == "__main__":
+  warnings.filterwarnings("ignore", module="torch")
+  measuring.run(main)

@@ -1,0 +1,80 @@
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import measuring
+from benchmarks.measuring import NotComparableError, Row, Timing
+
+
+def test_sides_take_turns_in_changing_order():
+  calls = []
+  sides = {name: lambda name=name: calls.append(name) for name in ("a", "b")}
+  timings = measuring.alternate(sides, rounds=3, warmup=1)
+  assert calls == ["a", "b", "a", "b", "b", "a", "a", "b"]
+  assert {name: len(timing.seconds) for name, timing in timings.items()} == {"a": 3, "b": 3}
+
+
+def test_a_spent_budget_ends_the_rounds_but_leaves_three():
+  timings = measuring.alternate({"a": lambda: None}, rounds=50, budget=0.0)
+  assert len(timings["a"].seconds) == 3
+
+
+def test_what_differs_is_refused():
+  theirs = np.asarray([1.0, -200.0])
+  measuring.require_equal("sums", theirs + 0.19, theirs, rtol=1e-3)
+  with pytest.raises(NotComparableError, match=r"sums: the two sides differ by 0\.21"):
+    measuring.require_equal("sums", theirs + 0.21, theirs, rtol=1e-3)
+  with pytest.raises(NotComparableError, match="shapes"):
+    measuring.require_equal("sums", theirs[:1], theirs, rtol=1e-3)
+  with pytest.raises(NotComparableError, match="nan"):
+    measuring.require_equal("sums", theirs * np.nan, theirs, rtol=1e-3)
+
+
+def test_an_error_of_comparison_is_one_line_and_exit_code_1(capsys):
+  def main():
+    raise NotComparableError("loss: the two sides differ")
+
+  with pytest.raises(SystemExit) as stopped:
+    measuring.run(main)
+  assert stopped.value.code == 1
+  assert capsys.readouterr().err == "error: not comparable, so no ratio is given: loss: the two sides differ\n"
+
+
+def test_rows_as_json(capsys):
+  rows = [
+    measuring.timed_row("step", Timing((1.0, 3.0, 2.0)), Timing((4.0, 4.0, 4.0)), target=1.25, batch_size=4),
+    Row("memory", 10.0, unit="MiB"),
+  ]
+  measuring.present("Step", rows, as_json=True, other="PyTorch", notes=["a note"])
+  content = json.loads(capsys.readouterr().out)
+  step, memory = content["rows"]
+  assert (step["ours"], step["other"], step["ratio"], step["target"]) == (2.0, 4.0, 0.5, 1.25)
+  assert step["details"]["ours"] == {"median": 2.0, "quartiles": [1.5, 2.5], "seconds": [1.0, 3.0, 2.0]}
+  assert step["details"]["batch_size"] == 4
+  assert memory["ratio"] is None
+  assert memory["unit"] == "MiB"
+  assert content["other"] == "PyTorch"
+  assert content["notes"] == ["a note"]
+  assert content["machine"]["cores"] >= 1
+
+
+def test_rows_as_a_table(capsys):
+  rows = [Row("SCR", 2.5, 5.0, unit="% added", target=3.0, target_of_ours=True)]
+  measuring.present("Added", rows, as_json=False)
+  output = capsys.readouterr().out
+  assert "0.500" in output
+  assert "ours <= 3" in output
+
+
+@pytest.mark.parametrize("network", ["unet", "swin_unet"])
+def test_both_sides_take_the_same_step(network):
+  pytest.importorskip("torch", reason="PyTorch is installed by `make bench` only")
+  from benchmarks import steps
+
+  setting = steps.Setting(network, "selfreg", batch_size=2, short=True)
+  steps.require_equal_steps(steps.Ours(setting), steps.Theirs(setting))
+  other = steps.Theirs(setting)
+  other.config.loss.ifd_weight = 0.0
+  with pytest.raises(NotComparableError, match="loss"):
+    steps.require_equal_steps(steps.Ours(setting), other)
