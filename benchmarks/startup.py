@@ -1,8 +1,8 @@
 """Seconds from the command to the first training step, with compiled programs of an earlier start and without.
 
-Both sides are `train.py` itself, from its start to the line that tells the metrics of step 1, on made-up CT slices: ours
-finds its programs in the persistent compilation cache, which an untimed run has filled; the other one is `--cache=off`.
-Equal: all metrics of the step, to the last bit.
+Both sides are `train.py` itself, from its start to the line that tells the metrics of step 1, on made-up CT slices:
+ours finds its programs in the persistent compilation cache, which an untimed run has filled; the other one is
+`--cache=off`. Equal: all metrics of the step, to the last bit.
 
 python -m benchmarks.startup [--short] [--json]
 """
