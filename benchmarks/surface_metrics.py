@@ -45,7 +45,7 @@ def organs(shape: tuple[int, int, int]) -> dict[str, tuple[np.ndarray, np.ndarra
   """
   small = ellipsoid(shape, (0.5, 0.4, 0.6), 0.04), ellipsoid(shape, (0.51, 0.4, 0.605), 0.045)
   large = ellipsoid(shape, (0.5, 0.5, 0.4), 0.2), ellipsoid(shape, (0.51, 0.49, 0.4), 0.21)
-  far = small[0] | ellipsoid(shape, (0.9, 0.9, 0.1), 0.02), small[1]
+  far = small[0] | ellipsoid(shape, (0.9, 0.9, 0.1), 0.04), small[1]
   return {"small organ (gallbladder)": small, "large organ (liver)": large, "false positive far away": far}
 
 
