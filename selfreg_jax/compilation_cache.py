@@ -24,8 +24,9 @@ def define_flags() -> None:
   flags.DEFINE_string(
     "cache",
     "on",
-    "Where compiled programs are kept for the next start: on (selfreg_jax/jax in the user's cache folder), off, or a "
-    "folder. Unless off, JAX's own JAX_COMPILATION_CACHE_DIR is used instead where it is set.",
+    "Where compiled programs are kept for the next start: on (selfreg_jax/jax in the user's cache folder; nowhere with "
+    "several processes), off, or a folder (with several processes one that all of them see). Unless off, JAX's own "
+    "JAX_COMPILATION_CACHE_DIR is used instead where it is set.",
   )
 
 
@@ -59,8 +60,9 @@ def use(choice: str = "on") -> pathlib.Path | None:
   A folder that cannot be used is told on standard error: programs are then compiled anew at each start.
 
   Args:
-    choice: "on" (the default folder), "off" or a folder. A folder that JAX was already given, such as by
-      JAX_COMPILATION_CACHE_DIR, is left as it is, with JAX's settings for it, unless the choice is "off".
+    choice: "on" (the default folder; with several processes none), "off" or a folder. A folder that JAX was already
+      given, such as by JAX_COMPILATION_CACHE_DIR, is left as it is, with JAX's settings for it, unless the choice is
+      "off".
 
   Returns:
     The folder that is used from now on; None where there is none, or JAX had one before.
@@ -71,6 +73,10 @@ def use(choice: str = "on") -> pathlib.Path | None:
     jax.config.update("jax_enable_compilation_cache", False)
     return None
   if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+    return None
+  if choice == "on" and jax.distributed.is_initialized():
+    # Only process 0 writes. Where the others do not see its folder, they would compile alone what it finds: on GPUs they
+    # would wait for its part of the autotuning, or come to another program than it has. So it takes a shared folder.
     return None
   try:
     folder = default_folder() if choice == "on" else pathlib.Path(choice).absolute()

@@ -64,6 +64,12 @@ def test_what_jax_was_told_stays(fresh_jax):
   assert not (fresh_jax / "caches").exists()
 
 
+def test_several_processes_need_a_folder_that_all_of_them_see(fresh_jax, monkeypatch):
+  monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+  assert compilation_cache.use() is None
+  assert compilation_cache.use(str(fresh_jax / "shared")) == fresh_jax / "shared"
+
+
 def test_a_folder_that_cannot_be_used_is_a_warning(fresh_jax, capsys):
   (fresh_jax / "caches").write_text("a file")
   assert compilation_cache.use() is None

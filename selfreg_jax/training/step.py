@@ -282,12 +282,12 @@ def stack_metrics(
     The same with `StackedMetrics`; to be jitted as a whole.
   """
 
-  def stacked(state: TrainState, batch: Batch) -> tuple[TrainState, StackedMetrics]:
+  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StackedMetrics]:
     state, metrics = step(state, batch)
     names = tuple(sorted(metrics))
     return state, StackedMetrics(jnp.stack([jnp.asarray(metrics[name], jnp.float32) for name in names]), names)
 
-  return stacked
+  return train_step
 
 
 def _micro_batches(tree: Any, count: int) -> Any:
