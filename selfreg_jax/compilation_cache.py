@@ -75,8 +75,8 @@ def use(choice: str = "on") -> pathlib.Path | None:
   if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
     return None
   if choice == "on" and jax.distributed.is_initialized():
-    # Only process 0 writes. Where the others do not see its folder, they would compile alone what it finds: on GPUs they
-    # would wait for its part of the autotuning, or come to another program than it has. So it takes a shared folder.
+    # Only process 0 writes. Where the others do not see its folder, they would compile alone what it finds: on GPUs
+    # they would wait for its part of the autotuning, or come to another program. So it takes a shared folder.
     return None
   try:
     folder = default_folder() if choice == "on" else pathlib.Path(choice).absolute()
