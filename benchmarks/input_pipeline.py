@@ -61,7 +61,7 @@ class Ours:
     self._mesh = meshes.make_mesh()
     self._tables = meshes.replicate(augment.ResizeTables.build(self._dataset.shapes, size), self._mesh)
     self._key = named_key(jax.random.key(0), "input")
-    self._augment = meshes.jit_for(self._mesh, loop.make_input_fn(config, manifest))
+    self._augment = meshes.jit_for(self._mesh, loop.make_input_fn(config, manifest.scale))
 
   def __call__(self, batches: int) -> None:
     """Makes so many batches, the queues being empty at first."""

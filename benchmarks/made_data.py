@@ -43,7 +43,7 @@ def slices(count: int, shape: tuple[int, int], channels: int, dtype: str, seed: 
 def write_dataset(
   directory: str | os.PathLike, *, cases: int, count: int, shape: tuple[int, int], channels: int = 1
 ) -> Manifest:
-  """Writes a prepared dataset; its last case is for validation and testing, the others are for training.
+  """Writes a prepared dataset; its last case is for validation, the others are for training.
 
   Args:
     directory: a folder that exists.
@@ -75,14 +75,14 @@ def write_dataset(
       file_shape=(*shape, count),
       header=None,
       group=name,
-      sources={},
+      sources={"image": "", "label": ""},
       checksums={kind: manifests.checksum(directory / file) for kind, file in files.items()},
       class_voxels=tuple(np.bincount(label.reshape(-1), minlength=len(CLASSES)).tolist()),
       foreground_slices=tuple(np.flatnonzero(label.any(axis=(1, 2))).tolist()),
     )
   names = tuple(made)
   manifest = Manifest(
-    dataset="made up",
+    dataset="phantom",
     kind="volume",
     unit="voxel",
     classes=CLASSES,
@@ -92,7 +92,7 @@ def write_dataset(
     scale=1 / _LEVELS[dtype],
     orientation="stored",
     axis=2,
-    splits={"train": names[:-1], "val": names[-1:], "test": names[-1:]},
+    splits={"train": names[:-1], "val": names[-1:], "test": ()},
     folds=(),
     cases=made,
     source="",
