@@ -59,8 +59,7 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
-# PyTorch's build for the CPU, a tenth of the download; on a machine with a GPU install its own build instead.
+# For PyTorch's small build for the CPU, or another one, install it into .venv first.
 $(VENV)/.installed-benchmarks: $(VENV)/.installed benchmarks/requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt \
-	  --extra-index-url https://download.pytorch.org/whl/cpu
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
 	@touch $@

@@ -13,7 +13,7 @@ import sys
 
 from absl import app, flags
 
-from selfreg_jax import processes
+from selfreg_jax import compilation_cache, processes
 from selfreg_jax.errors import UserError, parse_flags
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of train.py.")
@@ -35,6 +35,7 @@ _OUTPUT = flags.DEFINE_string(
 )
 _PROBABILITIES = flags.DEFINE_bool("probabilities", False, "With --input: also write softmax probabilities.")
 processes.define_flags()
+compilation_cache.define_flags()
 
 
 def main(argv: list[str]) -> int:
@@ -74,6 +75,7 @@ def evaluate() -> None:
   """Scores, compares, pools or predicts."""
   check_flags()
   processes.start(processes.from_flags())
+  compilation_cache.from_flags()
   # Imported after the flags were checked: a wrong flag is told at once, not after JAX has started.
   from rich.console import Console
 

@@ -14,7 +14,7 @@ from typing import NoReturn
 from absl import app, flags
 from ml_collections import config_flags
 
-from selfreg_jax import processes
+from selfreg_jax import compilation_cache, processes
 from selfreg_jax.errors import EXIT_RESUMABLE, UserError, check_config_file, parse_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; override fields with --config.field=value.")
@@ -22,6 +22,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints and logs
 _OVERRIDE = flags.DEFINE_bool("override", False, "Continue a workdir although the config differs from its own.")
 flags.mark_flags_as_required(["config", "workdir"])
 processes.define_flags()
+compilation_cache.define_flags()
 
 
 def main(argv: list[str]) -> int:
@@ -47,6 +48,7 @@ def train() -> None:
     raise UserError("--workdir is empty; name a folder")
   check_config_file(_CONFIG)
   processes.start(processes.from_flags())
+  compilation_cache.from_flags()
   # Imported after the flags were checked: a wrong flag is told at once, not after JAX has started.
   from selfreg_jax.training.loop import train_and_evaluate
   from selfreg_jax.training.signals import TrainingInterruptedError

@@ -21,9 +21,13 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
 def pytest_configure(config):
-  # The same small training step is compiled by many tests, in two processes.
-  jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  # The same small training step is compiled by many tests, in two processes, and by the commands that tests start:
+  # these find the folder in the environment, so that nothing is written into the user's own.
+  folder, seconds = str(config.cache.mkdir("jax")), 0.5
+  jax.config.update("jax_compilation_cache_dir", folder)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = str(seconds)
 
 
 @pytest.fixture(scope="session")

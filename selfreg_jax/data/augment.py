@@ -160,17 +160,23 @@ def rotate(image: Array, angle: Array, shape: Array) -> Array:
     (H, W, ...), meaningful in the native part.
   """
   height, width = image.shape[:2]
+  return _look_up(image, jnp.arange(height)[:, None], jnp.arange(width)[None, :], angle, shape)
+
+
+def _look_up(image: Array, rows: Array, columns: Array, angle: Array, shape: Array) -> Array:
+  """What a rotated slice (see `rotate`) holds at places, (n, m, ...): rows and columns are broadcast to (n, m)."""
   # Sines of whole degrees come from double precision; a right angle of zero moves no pixel at all.
   radians = np.deg2rad(np.arange(-180, 181))
   cosine = jnp.asarray(np.cos(radians), jnp.float32)[angle + 180]
   sine = jnp.asarray(np.sin(radians), jnp.float32)[angle + 180]
   center = (shape.astype(jnp.float32) - 1) / 2
-  rows = jnp.arange(height, dtype=jnp.float32)[:, None] - center[0]
-  columns = jnp.arange(width, dtype=jnp.float32)[None, :] - center[1]
+  rows = rows.astype(jnp.float32) - center[0]
+  columns = columns.astype(jnp.float32) - center[1]
   source_rows = center[0] + cosine * rows + sine * columns
   source_columns = center[1] - sine * rows + cosine * columns
   inside = (source_rows >= 0) & (source_rows <= shape[0] - 1) & (source_columns >= 0) & (source_columns <= shape[1] - 1)
   # Clamped before the cast: an index outside would be undefined, and is masked anyway.
+  height, width = image.shape[:2]
   index_rows = jnp.clip(jnp.floor(source_rows + 0.5), 0, height - 1).astype(jnp.int32)
   index_columns = jnp.clip(jnp.floor(source_columns + 0.5), 0, width - 1).astype(jnp.int32)
   taken = image[index_rows, index_columns]
@@ -210,6 +216,35 @@ def resize_labels(labels: Array, size_index: Array, tables: ResizeTables) -> Arr
   rows = jnp.asarray(tables.nearest_rows)[size_index]
   columns = jnp.asarray(tables.nearest_columns)[size_index]
   return jax.vmap(lambda label, r, c: label[r[:, None], c[None, :]])(labels, rows, columns)
+
+
+def augment_labels(labels: Array, draws: Draws, size_index: Array, tables: ResizeTables) -> Array:
+  """Rotation, nearest resize, turns and flips of padded label slices, each output pixel being looked up once.
+
+  The same as one after another: nearest neighbours only choose pixels. Done so, a rotated native slice would hold many
+  times the pixels that the resize then takes, and XLA, which fuses look-ups into the choices of the turns, would
+  compute each of them once for every choice.
+
+  Args:
+    labels: (B, max_rows, max_columns) integer.
+    draws: choices for each slice.
+    size_index: (B,) place of each slice's native size in the tables.
+    tables: for the sizes of the dataset.
+
+  Returns:
+    (B, image_size, image_size).
+  """
+  nearest_rows, nearest_columns, shapes = (
+    jnp.asarray(table)[size_index] for table in (tables.nearest_rows, tables.nearest_columns, tables.shapes)
+  )
+  size = nearest_rows.shape[1]
+  places = jnp.broadcast_to(jnp.arange(size * size).reshape(size, size), (len(labels), size, size))
+  places = turn_and_flip(places, draws)
+
+  def look_up(label: Array, place: Array, rows: Array, columns: Array, angle: Array, shape: Array) -> Array:
+    return _look_up(label, rows[place // size], columns[place % size], angle, shape)
+
+  return jax.vmap(look_up)(labels, places, nearest_rows, nearest_columns, draws.angle, shapes)
 
 
 def turn_and_flip(x: Array, draws: Draws) -> Array:
@@ -258,13 +293,11 @@ def augment(
   Returns:
     images (B, image_size, image_size, channels) float32 and labels (B, image_size, image_size) int32.
   """
-  draws = None if augmentation is None else draw(keys, augmentation)
-  if draws is not None:
-    shapes = jnp.asarray(tables.shapes)[size_index]
-    images = jax.vmap(rotate)(images, draws.angle, shapes)
-    labels = jax.vmap(rotate)(labels, draws.angle, shapes)
-  images = resize_images(images.astype(jnp.float32) * scale, size_index, tables)
-  labels = resize_labels(labels, size_index, tables).astype(jnp.int32)
-  if draws is not None:
-    images, labels = turn_and_flip(images, draws), turn_and_flip(labels, draws)
-  return images, labels
+  size_index = jnp.asarray(size_index)
+  if augmentation is None:
+    images = resize_images(images.astype(jnp.float32) * scale, size_index, tables)
+    return images, resize_labels(labels, size_index, tables).astype(jnp.int32)
+  draws = draw(keys, augmentation)
+  images = jax.vmap(rotate)(images, draws.angle, jnp.asarray(tables.shapes)[size_index])
+  images = turn_and_flip(resize_images(images.astype(jnp.float32) * scale, size_index, tables), draws)
+  return images, augment_labels(labels, draws, size_index, tables).astype(jnp.int32)

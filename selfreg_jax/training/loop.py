@@ -37,10 +37,12 @@ from selfreg_jax.training.start import begin
 from selfreg_jax.training.step import (
   NO_STEP,
   Batch,
+  StackedMetrics,
   TrainState,
   make_loss,
   make_train_step,
   named_key,
+  stack_metrics,
 )
 from selfreg_jax.training.validation import Validation, ValidationInterruptedError
 
@@ -206,7 +208,8 @@ def build_train_step(
     scale: stored values * scale = network input.
 
   Returns:
-    The jitted function of (state, which is given away; batch of stored slices with "tables").
+    The jitted function of (state, which is given away; batch of stored slices with "tables") that gives the next state
+    and `StackedMetrics`.
   """
   step = make_train_step(
     model,
@@ -217,7 +220,7 @@ def build_train_step(
     ema_decay=config.train.ema_decay,
     most_skips=config.train.most_skips if config.train.on_nonfinite == "skip" else 0,
   )
-  return meshes.jit_for(mesh, step, donate_argnums=0, out_shardings=meshes.replicated(mesh))
+  return meshes.jit_for(mesh, stack_metrics(step), donate_argnums=0, out_shardings=meshes.replicated(mesh))
 
 
 class Saver:
@@ -333,11 +336,11 @@ class MetricAccumulator:
 
   def restart(self) -> None:
     """Forgets what was collected, and starts the clocks."""
-    self._pending: list[dict[str, jax.Array]] = []
+    self._pending: list[StackedMetrics] = []
     self._start = time.monotonic()
     self._feed.restart_clock()
 
-  def add(self, metrics: dict[str, jax.Array]) -> None:
+  def add(self, metrics: StackedMetrics) -> None:
     """Collects a step's metrics; waits (reading nothing) for an earlier step, so that the host cannot run away."""
     self._pending.append(metrics)
     if len(self._pending) > _STEPS_IN_FLIGHT:
@@ -345,7 +348,7 @@ class MetricAccumulator:
 
   def read(self) -> tuple[list[dict[str, float]], dict[str, float]]:
     """Metrics of each step since the last reading, and the pace: slices a second, share of time without a batch."""
-    steps = [{name: float(value) for name, value in step.items()} for step in jax.device_get(self._pending)]
+    steps = [metrics.named() for metrics in jax.device_get(self._pending)]  # all are on their way before one is awaited
     seconds = time.monotonic() - self._start
     pace = {
       "slices_per_second": self._batch_size * len(steps) / seconds,

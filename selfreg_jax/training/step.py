@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 from flax import struct
 
@@ -250,6 +251,43 @@ def make_train_step(
     return new_state, metrics | {"grad_norm": grad_norm}
 
   return step
+
+
+@struct.dataclass
+class StackedMetrics:
+  """A step's scalar metrics in one array: reading them from a device costs a transfer each, however small.
+
+  Attributes:
+    values: (metrics,) float32.
+    names: of the values, sorted.
+  """
+
+  values: Array
+  names: tuple[str, ...] = struct.field(pytree_node=False)
+
+  def named(self) -> dict[str, float]:
+    """The metrics by name; reads them back."""
+    return dict(zip(self.names, np.asarray(self.values).tolist(), strict=True))
+
+
+def stack_metrics(
+  step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]],
+) -> Callable[[TrainState, Batch], tuple[TrainState, StackedMetrics]]:
+  """A training step whose metrics come in one array.
+
+  Args:
+    step: from `make_train_step`.
+
+  Returns:
+    The same with `StackedMetrics`; to be jitted as a whole.
+  """
+
+  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StackedMetrics]:
+    state, metrics = step(state, batch)
+    names = tuple(sorted(metrics))
+    return state, StackedMetrics(jnp.stack([jnp.asarray(metrics[name], jnp.float32) for name in names]), names)
+
+  return train_step
 
 
 def _micro_batches(tree: Any, count: int) -> Any:

@@ -185,3 +185,15 @@ def test_channels_are_augmented_alike_and_each_on_its_own():
   assert together.shape == (16, 24, 24, 3)
   for channel in range(3):
     np.testing.assert_allclose(together[..., channel], run(colours[..., channel : channel + 1])[..., 0], atol=1e-6)
+
+
+def test_labels_moved_at_once_equal_labels_moved_step_by_step():
+  rng = np.random.default_rng(5)
+  shapes = [(40, 52), (47, 33)]
+  tables, index = tables_for(*shapes, size=24), np.arange(16, dtype=np.int32) % 2
+  labels = rng.integers(0, 200, (16, 47, 52)).astype(np.uint8)
+  draws = augment.draw(jax.random.split(jax.random.key(2), 16), augment.Augmentation(turn_flip_probability=0.7))
+  draws = draws.replace(angle=jnp.asarray(rng.integers(-20, 20, 16)))  # turned and rotated, which the recipe never does
+  rotated = jax.vmap(augment.rotate)(labels, draws.angle, np.asarray(shapes)[index])
+  expected = augment.turn_and_flip(augment.resize_labels(rotated, index, tables), draws)
+  np.testing.assert_array_equal(augment.augment_labels(labels, draws, index, tables), expected)

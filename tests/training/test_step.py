@@ -9,7 +9,14 @@ import selfreg_jax as sr
 from selfreg_jax import mesh as meshes
 from selfreg_jax.config import base_config
 from selfreg_jax.training import optimizer as optimizers
-from selfreg_jax.training.step import NO_STEP, create_state, make_loss, make_train_step, moving_average
+from selfreg_jax.training.step import (
+  NO_STEP,
+  create_state,
+  make_loss,
+  make_train_step,
+  moving_average,
+  stack_metrics,
+)
 from tests.conftest import unet_state_dict
 
 NAMES = {f"enc{i}": f"encoder_{i}" for i in (1, 2, 3, 4)} | {f"dec{i}": f"decoder_{i}" for i in (1, 2, 3)}
@@ -362,3 +369,14 @@ def test_bfloat16_trains_as_float32_does():
     losses[dtype] = history
   assert losses[jnp.float32][-1] < 0.7 * losses[jnp.float32][0]
   np.testing.assert_allclose(losses[jnp.bfloat16], losses[jnp.float32], rtol=0.02)
+
+
+def test_stacked_metrics_are_the_same_numbers_in_one_array():
+  def step(state, batch):
+    return state + 1, {"total": batch.sum(), "ce": batch[0], "skipped": (batch[1] > 0).astype(jnp.int32)}
+
+  state, metrics = jax.jit(stack_metrics(step))(1, jnp.asarray([0.1, 2.5]))
+  assert state == 2
+  assert metrics.values.shape == (3,)
+  assert list(metrics.named()) == ["ce", "skipped", "total"]
+  np.testing.assert_array_equal(list(metrics.named().values()), np.float32([0.1, 1, np.float32(0.1) + np.float32(2.5)]))
