@@ -95,8 +95,8 @@ def start(cluster: Cluster) -> None:
   who = (
     f"process {cluster.process_id} of {cluster.num_processes} at {cluster.coordinator}" if given else "one of several"
   )
-  minutes = _SECONDS_TO_MEET // 60
-  print(f"starting as {who}: waiting up to {minutes} minutes until all have started", file=sys.stderr, flush=True)
+  wait = f"waiting up to {_SECONDS_TO_MEET // 60} minutes until all have started"
+  print(f"starting as {who}, because {reason}: {wait}", file=sys.stderr, flush=True)
   # Signals are ours (`StopVote`): the service would catch SIGTERM before Python sees it, and knows no Ctrl-C.
   jax.config.update("jax_enable_preemption_service", False)
   try:

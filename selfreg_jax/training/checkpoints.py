@@ -444,7 +444,11 @@ def load_trained(workdir: str | os.PathLike, *, checkpoint: str = "best") -> Tra
     chosen = choose(workdir, checkpoint) if processes.is_first() else None
   # A run may be writing there: all processes take the one that the first has chosen.
   step = processes.gather_texts(str(chosen.step) if chosen else "")[0]
-  chosen = chosen or Checkpoint(pathlib.Path(workdir).absolute() / FOLDER / step)
+  with processes.together():
+    return _load(chosen or Checkpoint(pathlib.Path(workdir).absolute() / FOLDER / step))
+
+
+def _load(chosen: Checkpoint) -> Trained:
   try:
     config, dataset = chosen.config, chosen.dataset
     model = build_model(config.model, len(dataset.classes))
@@ -452,7 +456,7 @@ def load_trained(workdir: str | os.PathLike, *, checkpoint: str = "best") -> Tra
     abstract = meshes.replicated_like(abstract_variables(model, config.data.image_size, dataset.channels), mesh)
     variables = chosen.restore_variables(abstract)
   except DamagedError as error:
-    others = [str(other.step) for other in find(workdir) if other.step != chosen.step]
+    others = [str(other.step) for other in find(chosen.path.parent.parent) if other.step != chosen.step]
     hint = f" (there are also those of step {', '.join(others)}: see --checkpoint)" if others else ""
     raise DamagedError(f"{error}{hint}") from error
   return Trained(config, dataset, model, variables, mesh=mesh, step=chosen.step, val_dice=chosen.val_dice)
