@@ -88,3 +88,25 @@ def test_one_may_take_long_to_compile(prepared, whole, tmp_path):
   for run in runs:
     assert run.wait() == 0, run.output
   harness.assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize(
+  ("difference", "words"),
+  [
+    ({"seed": 3}, "process 1: config.seed is 3, in process 0 0"),
+    ({"train__steps": STEPS + 1}, "process 1: config.train.steps is 41, in process 0 40"),
+    ({"workdir": "elsewhere"}, "is not the workdir that process 0 sees"),
+    ({"data__dir": "nowhere"}, "nowhere: no manifest.json"),
+  ],
+)
+def test_a_mistake_in_one_process_ends_both_with_its_message(prepared, tmp_path, difference, words):
+  port = harness.free_port()
+  runs = []
+  for index in range(2):
+    own = dict(difference) if index else {}
+    workdir = tmp_path / own.pop("workdir", "run")
+    flags = harness.cluster_flags(port, 2, index)
+    log = tmp_path / f"{index}.txt"
+    runs.append(harness.start_training(prepared, workdir, log, devices=2, flags=flags, **(FIELDS | own)))
+  for run in runs:
+    run.check_clear(2, words)
