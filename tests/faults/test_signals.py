@@ -45,6 +45,7 @@ def test_the_step_is_saved_and_the_run_goes_on(prepared, whole, tmp_path, number
 def test_a_second_signal_ends_it_at_once(slow_to_validate, tmp_path, number):
   run = harness.start_training(slow_to_validate, tmp_path / "run", tmp_path / "log.txt", **SLOW_FIELDS)
   run.until(lambda: harness.last_step(tmp_path / "run") >= 2)
+  time.sleep(1)  # until its long validation case has begun: before that it would be gone at the first signal
   run.signal(number)
   time.sleep(0.3)  # two signals that are pending at the same time are one
   assert run.running, run.output
