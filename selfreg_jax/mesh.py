@@ -18,8 +18,9 @@ from selfreg_jax.errors import UserError
 
 BATCH_AXIS = "data"
 
-# XLA's default on CPU takes a slow path for the weight gradient of 3x3 convolutions.
-_CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
+# Which operations XLA hands to the YNNPACK library on a CPU. Its default hands over convolutions as well, whose weight
+# gradient then takes a slow path; without dots and sums the Swin-Unet and batch statistics would be slower.
+_CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"}
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
