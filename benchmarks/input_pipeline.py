@@ -26,7 +26,7 @@ from benchmarks import made_data, measuring
 from benchmarks.measuring import NotComparableError
 from selfreg_jax import mesh as meshes
 from selfreg_jax.config import base_config
-from selfreg_jax.data import augment, pipeline
+from selfreg_jax.data import augment, conversion, pipeline
 from selfreg_jax.data.manifest import Manifest
 from selfreg_jax.training import loop
 from selfreg_jax.training.feed import Feed
@@ -36,11 +36,6 @@ _THREADS = 4  # the config's default
 _PREFETCH = 8
 _TARGET = 10.0
 _MOST_WAITING = 0.02
-
-
-def cores() -> int:
-  """Cores that this process may use."""
-  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Ours:
@@ -154,12 +149,12 @@ def measure(
     files = write_slices(directory, manifest, folder)
     require_equal_slices(name, files, size=size)
     ours = Ours(directory, manifest, size=size, batch_size=batch_size)
-    loader = torch_data.loader(files, size=size, batch_size=batch_size, workers=cores())
+    loader = torch_data.loader(files, size=size, batch_size=batch_size, workers=conversion.cpus())
     sides: dict[str, Callable[[], Any]] = {"ours": lambda: ours(batches), "other": lambda: [None for _ in loader]}
     timings = measuring.alternate(sides, rounds=rounds)
   slices = batches * batch_size
-  rates = {side: slices / cores() / timing.median for side, timing in timings.items()}
-  bounds = (sorted(slices / cores() / seconds for seconds in timing.quartiles) for timing in timings.values())
+  rates = {side: slices / conversion.cpus() / timing.median for side, timing in timings.items()}
+  bounds = (sorted(slices / conversion.cpus() / seconds for seconds in timing.quartiles) for timing in timings.values())
   return measuring.Row(
     name,
     rates["ours"],
@@ -209,7 +204,7 @@ def main() -> None:
     rows,
     as_json=options.json,
     other="npz + scipy + DataLoader",
-    notes=[f"Batches of {amount['batch_size']}; {cores()} worker processes on the other side."],
+    notes=[f"Batches of {amount['batch_size']}; {conversion.cpus()} worker processes on the other side."],
   )
 
 

@@ -16,6 +16,8 @@ import numpy as np
 from rich import box, table
 from rich.console import Console
 
+from selfreg_jax.data import conversion
+
 _VERSIONED = ("selfreg-jax", "jax", "jaxlib", "flax", "numpy", "scipy", "torch", "medpy")
 
 
@@ -150,7 +152,7 @@ def machine(device: str | None = None) -> dict[str, Any]:
     "python": platform.python_version(),
     "versions": versions,
     "processor": _processor(),
-    "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    "cores": conversion.cpus(),
     "load": round(os.getloadavg()[0], 2),
     "device": device or "cpu",
     "date": time.strftime("%Y-%m-%d"),

@@ -253,7 +253,7 @@ class CheckpointWriter:
 
     Args:
       workdir: the folder.
-      fingerprint: of the dataset; a best checkpoint of another one need not be kept.
+      fingerprint: of the dataset that is trained on, if any; a best checkpoint of another one need not be kept.
     """
     self._workdir = pathlib.Path(workdir).absolute()
     self._fingerprint = fingerprint
@@ -309,7 +309,7 @@ class CheckpointWriter:
     """
     if self._writes:
       metrics = {} if val_dice is None else {METRIC: val_dice, "fingerprint": self._fingerprint}
-      dataset = {**dataclasses.asdict(DatasetInfo.of(manifest)), "fingerprint": manifest.fingerprint()}
+      dataset = {**dataclasses.asdict(DatasetInfo.of(manifest)), "fingerprint": self._fingerprint}
       self._save(int(state.step), _items(state), config, dataset, metrics, best)
 
   def save_weights(self, variables: dict[str, Any], config: ml_collections.ConfigDict, dataset: DatasetInfo) -> None:

@@ -20,6 +20,10 @@ from selfreg_jax.data.manifest import Manifest
 from selfreg_jax.errors import UserError
 from selfreg_jax.training import checkpoints, warm_start
 
+# Fields that each process of a run may have its own way: where its data lie and how it reads them. Any other decides
+# what is computed, or when the processes meet.
+_OF_A_PROCESS = ("data.dir", "data.verify", "data.threads", "data.prefetch", "data.timeout")
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
@@ -49,9 +53,8 @@ class Plan:
 
   def facts(self) -> dict[str, Any]:
     """What all processes of a run must have in common."""
-    fields = {f"config.{name}": value for name, value in configs.flatten(self.config).items()}
-    own = {f"config.{name}" for name in configs.HARMLESS}
-    common = {name: value for name, value in fields.items() if name not in own - {"config.train.checkpoint_every"}}
+    fields = configs.flatten(self.config).items()
+    common = {f"config.{name}": value for name, value in fields if name not in _OF_A_PROCESS}
     dataset = f"{self.manifest.dataset} {self.manifest.fingerprint()}"
     return common | {"the dataset": dataset, "jax": jax.__version__, "selfreg_jax": selfreg_jax.__version__}
 
