@@ -17,6 +17,7 @@ from selfreg_jax.data import manifest as manifests
 from selfreg_jax.data import pipeline
 from selfreg_jax.errors import UserError
 from selfreg_jax.training import checkpoints, loop
+from selfreg_jax.training.plan import make_plan
 from selfreg_jax.training.signals import TrainingInterruptedError
 from tests.conftest import make_small_config
 
@@ -207,6 +208,13 @@ def test_a_loss_that_is_not_finite_stops_with_step_terms_and_cases(small_config,
   assert steps_saved(tmp_path) in ([], [3])
 
 
+def test_processes_must_agree_on_all_but_how_each_reads_its_data(small_config, tmp_path):
+  facts = make_plan(small_config, tmp_path, jax.devices()[:1]).facts()
+  for name in ("seed", "train.on_nonfinite", "train.most_skips", "train.checkpoint_every", "train.log_every"):
+    assert f"config.{name}" in facts
+  assert not {"config.data.dir", "config.data.threads"} & set(facts)
+
+
 def test_a_workdir_serves_one_run_at_a_time(small_config, tmp_path):
   with workdirs.hold(tmp_path), pytest.raises(UserError, match="another run is using"):
     train(small_config, tmp_path)
@@ -249,16 +257,17 @@ def flip(path):
   path.write_bytes(content)
 
 
-def arrays_file(workdir, step):
-  folder = workdir / "checkpoints" / str(step)
-  return max((path for path in folder.rglob("d/*") if path.is_file()), key=lambda path: path.stat().st_size)
+def damage_arrays(workdir, step):
+  """Flips a bit in every file that may hold arrays: some are left over from merging, and nothing is read from them."""
+  for path in (workdir / "checkpoints" / str(step)).rglob("d/*"):
+    flip(path)
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(whole_run, tmp_path):
   config, workdir, expected = whole_run
   copy = tmp_path / "copy"
   shutil.copytree(workdir, copy)
-  flip(arrays_file(copy, 6))
+  damage_arrays(copy, 6)
   state = train(config, copy)
   assert trees_equal(variables_of(state), expected)
   log = (copy / "train.log").read_text()
@@ -285,7 +294,7 @@ def test_without_a_whole_checkpoint_nothing_is_touched(whole_run, tmp_path):
   copy = tmp_path / "copy"
   shutil.copytree(workdir, copy)
   for step in (3, 6):
-    flip(arrays_file(copy, step))
+    damage_arrays(copy, step)
   for _ in range(2):
     with pytest.raises(UserError, match="none of the 2 checkpoint"):
       train(config, copy)
