@@ -9,6 +9,7 @@ from typing import Any
 from selfreg_jax.errors import FaultError
 
 _BATCHES_ON_DEVICE = 2
+_SECONDS_TO_END = 10
 
 
 class Feed:
@@ -41,9 +42,11 @@ class Feed:
     self._step = start_step
     self._queue: queue.Queue = queue.Queue(_BATCHES_ON_DEVICE)
     self._closed = threading.Event()
+    self._hangs = False
     self.waited = 0.0
     # A daemon: one that hangs in a read must not keep the process from ending.
-    threading.Thread(target=self._read, args=(batches, place), name="feed", daemon=True).start()
+    self._thread = threading.Thread(target=self._read, args=(batches, place), name="feed", daemon=True)
+    self._thread.start()
 
   def _read(self, batches: Iterator[Any], place: Callable[[Any], Any]) -> None:
     try:
@@ -72,6 +75,7 @@ class Feed:
     try:
       item = self._queue.get(timeout=self._timeout)
     except queue.Empty:
+      self._hangs = True
       raise FaultError(
         f"reading the batch of step {self._step} has taken more than {self._timeout:g} s (config.data.timeout) and is "
         f"taken to hang; its cases: {self._describe(self._step)}. The same command continues from the last checkpoint"
@@ -95,3 +99,6 @@ class Feed:
 
   def __exit__(self, *exception) -> None:
     self._closed.set()
+    # An interpreter that ends while a thread is inside JAX's C++ code aborts the process.
+    if not self._hangs:
+      self._thread.join(_SECONDS_TO_END)

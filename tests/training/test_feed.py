@@ -53,6 +53,22 @@ def test_reading_that_hangs_is_told_in_time():
   assert time.monotonic() - start < 5
 
 
+def test_nothing_is_placed_once_it_is_closed():
+  placing, placed = threading.Event(), []
+
+  def place(batch):
+    placing.set()
+    time.sleep(0.3)
+    placed.append(batch)
+    return batch
+
+  with make_feed(itertools.count(), place=place):
+    placing.wait()
+  assert placed == [0]
+  time.sleep(0.5)
+  assert placed == [0]
+
+
 def test_waiting_is_counted():
   def batches():
     time.sleep(0.2)
