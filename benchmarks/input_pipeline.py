@@ -59,8 +59,8 @@ class Ours:
     self._augment = meshes.jit_for(self._mesh, loop.make_input_fn(config, manifest.scale))
 
   def __call__(self, batches: int) -> None:
-    """Makes so many batches, the queues being empty at first."""
-    stream = pipeline.batches(self._dataset, self._sampling)
+    """Makes so many batches and reads no further, the queues being empty at first."""
+    stream = pipeline.batches(self._dataset, self._sampling)[:batches]
     with Feed(
       pipeline.iterate(stream, 0, threads=_THREADS, prefetch=_PREFETCH),
       functools.partial(meshes.place_batch, mesh=self._mesh),

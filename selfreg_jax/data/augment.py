@@ -194,12 +194,18 @@ def resize_images(images: Array, size_index: Array, tables: ResizeTables) -> Arr
   Returns:
     (B, image_size, image_size, channels).
   """
-  highest = jax.lax.Precision.HIGHEST  # TF32 would cost three digits
-  if tables.rows.shape[0] == 1:
-    images = jnp.einsum("ih,bhwc->biwc", tables.rows[0], images, precision=highest)
-    return jnp.einsum("jw,biwc->bijc", tables.columns[0], images, precision=highest)
-  images = jnp.einsum("bih,bhwc->biwc", jnp.asarray(tables.rows)[size_index], images, precision=highest)
-  return jnp.einsum("bjw,biwc->bijc", jnp.asarray(tables.columns)[size_index], images, precision=highest)
+  product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)  # TF32 would cost three digits
+  batch, height, width, channels = images.shape
+  size = tables.rows.shape[1]
+  # Plain products of matrices, the left factor repeated for each slice: einsum's forms take twice the time on a CPU.
+  resized = product(jnp.asarray(tables.rows)[size_index], images.reshape(batch, height, width * channels))
+  resized = resized.reshape(batch, size, width, channels)
+  if tables.columns.shape[0] == 1:
+    resized = product(jnp.moveaxis(resized, 3, 1).reshape(-1, width), jnp.asarray(tables.columns)[0].T)
+    return jnp.moveaxis(resized.reshape(batch, channels, size, size), 1, 3)
+  resized = resized.swapaxes(1, 2).reshape(batch, width, size * channels)
+  resized = product(jnp.asarray(tables.columns)[size_index], resized)
+  return resized.reshape(batch, size, size, channels).swapaxes(1, 2)
 
 
 def resize_labels(labels: Array, size_index: Array, tables: ResizeTables) -> Array:

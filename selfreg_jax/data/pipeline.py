@@ -67,17 +67,23 @@ class SliceDataset:
     """
     case, slice_index = self.locate(record)
     rows, columns = case.shape[1:3]
-    image = np.zeros((*self._padded, case.shape[3]), self.manifest.dtype)
-    label = np.zeros(self._padded, np.uint8)
-    image[:rows, :columns] = self._arrays.image(case)[slice_index]
-    label[:rows, :columns] = self._arrays.label(case)[slice_index]
     return {
-      "image": image,
-      "label": label,
+      "image": self._pad(np.asarray(self._arrays.image(case)[slice_index])),
+      "label": self._pad(np.asarray(self._arrays.label(case)[slice_index])),
       "size_index": np.int32(self.shapes.index((rows, columns))),
       "position": np.uint32(position % 2**32),
       "record": np.int32(record),
     }
+
+
+  def _pad(self, array: np.ndarray) -> np.ndarray:
+    """Zeros after the rows and columns of a slice; one that needs none stays what the map holds, not copied here."""
+    rows, columns = array.shape[:2]
+    if (rows, columns) == self._padded:
+      return array
+    padded = np.zeros((*self._padded, *array.shape[2:]), array.dtype)
+    padded[:rows, :columns] = array
+    return padded
 
 
 @dataclasses.dataclass(frozen=True)
