@@ -6,7 +6,9 @@ import gc
 import importlib.metadata
 import json
 import os
+import pathlib
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -91,6 +93,12 @@ def require_equal(what: str, ours: Any, theirs: Any, *, rtol: float, atol: float
   allowed = atol + rtol * float(np.abs(theirs).max(initial=0.0))
   if not difference <= allowed:
     raise NotComparableError(f"{what}: the two sides differ by {difference:.3g}, {allowed:.3g} is allowed")
+
+
+def memory(name: str) -> float:
+  """Memory of this process by its name in /proc/self/status, such as "VmRSS" or "VmHWM" (its peak), in MiB."""
+  found = re.search(rf"^{name}:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text(), re.MULTILINE)
+  return int(found[1]) / 1024
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,6 @@ import argparse
 import gc
 import json
 import os
-import resource
 import subprocess
 import sys
 import warnings
@@ -148,39 +147,35 @@ def _memory_row(flags: argparse.Namespace, network: str) -> Row:
     except subprocess.CalledProcessError as error:
       raise measuring.NotComparableError(f"memory of {side}: the process ended with {error.returncode}") from error
     peaks[side] = json.loads(output.splitlines()[-1])
-  ours, other = (peaks[side]["peak"] / 2**20 for side in ("ours", "PyTorch"))
+  ours, other = (peaks[side]["peak"] for side in ("ours", "PyTorch"))
   target = None if flags.short else MEMORY_TARGETS.get(_platform())
   return Row(f"{network} selfreg: peak memory", ours, other, unit="MiB", target=target, details=peaks)
 
 
 def _memory_here(side: str, setting: Setting) -> dict[str, float]:
-  """Peak memory of a few steps of one side in this process, in bytes."""
+  """Peak memory of a few steps of one side in this process, in MiB."""
   if side == "PyTorch":
     import torch._dynamo  # the optimizers import it when they are first made
 
     import benchmarks.torch_losses  # noqa: F401
   on_gpu = _platform() == "gpu"
-  before = _resident()
+  before = measuring.memory("VmRSS")
   step = _SIDES[side](setting)
   found = {}
   if side == "ours":
     step.start()
     step.compile()
-    found = {"after_compilation": _resident() - before}
+    found = {"after_compilation": measuring.memory("VmRSS") - before}
   for _ in range(_MEMORY_STEPS):
     step()
   if on_gpu and side == "ours":
-    return found | {"peak": jax.devices()[0].memory_stats()["peak_bytes_in_use"]}
+    return found | {"peak": jax.devices()[0].memory_stats()["peak_bytes_in_use"] / 2**20}
   if on_gpu:
     import torch
 
-    return found | {"peak": torch.cuda.max_memory_allocated()}
-  return found | {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before}
-
-
-def _resident() -> int:
-  with open("/proc/self/statm") as file:
-    return int(file.read().split()[1]) * resource.getpagesize()
+    return found | {"peak": torch.cuda.max_memory_allocated() / 2**20}
+  # Not getrusage's maximum: a process inherits that of the one it was forked from.
+  return found | {"peak": measuring.memory("VmHWM") - before}
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ python -m benchmarks.volume_inference [--short] [--json]
 import functools
 import multiprocessing
 import pathlib
-import re
 from typing import Any
 
 import jax
@@ -149,14 +148,9 @@ def _peak_memory(side: str, count: int, shape: tuple[int, int], widths: tuple[in
   network = make_network(widths)
   predict = Ours(network, widths, size) if side == "ours" else Theirs(network, size)
   pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
-  before = _status("VmRSS")
+  before = measuring.memory("VmRSS")
   predict(slices)
-  return _status("VmHWM") - before
-
-
-def _status(name: str) -> float:
-  found = re.search(rf"^{name}:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text(), re.MULTILINE)
-  return int(found[1]) / 1024
+  return measuring.memory("VmHWM") - before
 
 
 def main() -> None:

@@ -75,7 +75,6 @@ class SliceDataset:
       "record": np.int32(record),
     }
 
-
   def _pad(self, array: np.ndarray) -> np.ndarray:
     """Zeros after the rows and columns of a slice; one that needs none stays what the map holds, not copied here."""
     rows, columns = array.shape[:2]

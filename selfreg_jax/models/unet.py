@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from selfreg_jax.features import COLLECTION
-from selfreg_jax.models.initializers import torch_bias_init, torch_kernel_init
+from selfreg_jax.models.layers import pointwise_convolution, torch_bias_init, torch_kernel_init
 
 Array = jax.Array
 Dtype = Any
@@ -220,6 +220,7 @@ class UNet(nn.Module):
     head = nn.Conv(
       self.num_classes,
       kernel_size=(1, 1),
+      conv_general_dilated=pointwise_convolution,
       kernel_init=torch_kernel_init,
       bias_init=torch_bias_init(x.shape[-1]),
       dtype=jnp.promote_types(x.dtype, jnp.float32),
