@@ -18,9 +18,10 @@ from selfreg_jax.errors import UserError
 
 BATCH_AXIS = "data"
 
-# Which operations XLA hands to the YNNPACK library on a CPU. Its default hands over convolutions as well, whose weight
-# gradient then takes a slow path; without dots and sums the Swin-Unet and batch statistics would be slower.
-_CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"}
+# By default XLA hands parts of a program to the YNNPACK library on a CPU. In the jaxlib of today some of them come out
+# wrong without a word (rows of a product that are summed up, github.com/jax-ml/jax/issues/39103), and the weight
+# gradient of a convolution takes a slow path. So nothing is handed over.
+_CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -107,7 +108,7 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
 
 @functools.cache
 def compiler_options(platform: str) -> dict[str, str]:
-  """Options for `jax.jit` that speed up training on this platform, as far as its compiler knows them."""
+  """Options for `jax.jit` on this platform, as far as its compiler knows them."""
   if platform != "cpu":
     return {}
   try:
@@ -120,6 +121,20 @@ def compiler_options(platform: str) -> dict[str, str]:
 def jit_for(mesh: Mesh, function: Callable[..., Any], **options: Any) -> Any:
   """`jax.jit` with the compiler options that suit the mesh's devices."""
   return jax.jit(function, compiler_options=compiler_options(mesh.devices.flat[0].platform), **options)
+
+
+def jit(function: Callable[..., Any]) -> Callable[..., Any]:
+  """`jax.jit` with the compiler options that suit JAX's default devices, which are asked for at the first call."""
+
+  @functools.cache
+  def jitted() -> Callable[..., Any]:
+    return jax.jit(function, compiler_options=compiler_options(jax.default_backend()))
+
+  @functools.wraps(function)
+  def call(*arguments: Any, **named: Any) -> Any:
+    return jitted()(*arguments, **named)
+
+  return call
 
 
 def compile_ahead(jitted: Any, *arguments: Any) -> Any:

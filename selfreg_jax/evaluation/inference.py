@@ -22,7 +22,7 @@ Finish = Callable[[Array], tuple[Array, ...]]
 
 def make_apply(model: nn.Module) -> Callable[[Any, Array], Array]:
   """The jitted (variables, images (B, H, W, channels)) -> logits (B, H, W, classes) of a network in evaluation mode."""
-  return jax.jit(lambda variables, images: model.apply(variables, images, train=False))
+  return meshes.jit(lambda variables, images: model.apply(variables, images, train=False))
 
 
 def average_mirrored(predict_fn: PredictFn) -> PredictFn:
@@ -80,13 +80,13 @@ def linear_matrix(size: int, resized: int) -> np.ndarray:
   return np.stack(zoomed, axis=1)
 
 
-@jax.jit
+@meshes.jit
 def _resize(images: Array, scale: Array, tables: augment.ResizeTables) -> Array:
   size_index = jnp.zeros(images.shape[0], jnp.int32)
   return augment.resize_images(images.astype(jnp.float32) * scale, size_index, tables)
 
 
-@jax.jit
+@meshes.jit
 def _enlarge(logits: Array, rows: Array, columns: Array) -> Array:
   """Logits (B, n, n, classes) on the native grid, (B, rows, columns, classes)."""
   highest = jax.lax.Precision.HIGHEST
@@ -94,12 +94,12 @@ def _enlarge(logits: Array, rows: Array, columns: Array) -> Array:
   return jnp.einsum("jw,biwc->bijc", columns, logits, precision=highest)
 
 
-@jax.jit
+@meshes.jit
 def _classes(logits: Array) -> Array:
   return jnp.argmax(logits, axis=-1).astype(jnp.uint8)
 
 
-@jax.jit
+@meshes.jit
 def _probabilities(logits: Array) -> Array:
   return jax.nn.softmax(logits.astype(jnp.float32))
 

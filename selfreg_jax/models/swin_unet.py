@@ -10,7 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from selfreg_jax.features import COLLECTION
-from selfreg_jax.models.layers import pointwise_convolution, torch_bias_init, torch_kernel_init
+from selfreg_jax.models.layers import (
+  Dense,
+  LayerNorm,
+  gelu,
+  pointwise_convolution,
+  torch_bias_init,
+  torch_kernel_init,
+)
 
 Array = jax.Array
 Dtype = Any
@@ -19,7 +26,7 @@ PATCH = 4  # pixels a side of what becomes one token
 _MLP_RATIO = 4
 _OTHER_REGION = -100.0  # added to the logit of two tokens that the roll brought together
 
-_linear_init = nn.initializers.normal(0.02)  # the reference truncates at +-2, a hundred deviations away
+_table_init = nn.initializers.normal(0.02)  # the reference truncates at +-2, a hundred deviations away
 
 
 def size_multiple(depths: Sequence[int], window: int) -> int:
@@ -110,40 +117,6 @@ def _read_only(array: np.ndarray) -> np.ndarray:
   return array
 
 
-_Dense = functools.partial(nn.Dense, kernel_init=_linear_init)
-
-
-class LayerNorm(nn.Module):
-  """Normalization over the channels, (..., C) -> (..., C), with the parameters and the numbers of `nn.LayerNorm`.
-
-  The scale is applied last. `nn.LayerNorm` first makes a whole map of scale / deviation, which XLA's CPU backend writes
-  out and keeps for the backward pass: 3 % of a training step.
-
-  Attributes:
-    dtype: of the output; None follows the input. Statistics are float32 at least.
-    param_dtype: of the parameters.
-  """
-
-  dtype: Dtype | None = None
-  param_dtype: Dtype = jnp.float32
-
-  @nn.compact
-  def __call__(self, x: Array) -> Array:
-    """Normalizes; epsilon is PyTorch's, and the variance is that of the centred values: E[x^2] - E[x]^2 cancels."""
-    scale = self.param("scale", nn.initializers.ones_init(), x.shape[-1:], self.param_dtype)
-    bias = self.param("bias", nn.initializers.zeros_init(), x.shape[-1:], self.param_dtype)
-    dtype = self.dtype or jnp.promote_types(x.dtype, self.param_dtype)
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    x -= x.mean(-1, keepdims=True)
-    x *= jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-5)
-    return (x * scale + bias).astype(dtype)
-
-
-def gelu(x: Array) -> Array:
-  """Exact GELU, x Phi(x), by the error function as in PyTorch; `nn.gelu` takes its complement, twice the work."""
-  return x * (0.5 + 0.5 * jax.lax.erf(x * np.sqrt(0.5).astype(x.dtype)))
-
-
 class WindowAttention(nn.Module):
   """Multi-head attention inside windows of a map, with a learned bias for each relative position.
 
@@ -167,9 +140,9 @@ class WindowAttention(nn.Module):
     batch, height, width, channels = x.shape
     window, tokens = self.window, self.window**2
     grid = (height // window, width // window)
-    dense = functools.partial(_Dense, dtype=self.dtype, param_dtype=self.param_dtype)
+    dense = functools.partial(Dense, dtype=self.dtype, param_dtype=self.param_dtype)
     table = self.param(
-      "relative_position_bias_table", _linear_init, ((2 * window - 1) ** 2, self.heads), self.param_dtype
+      "relative_position_bias_table", _table_init, ((2 * window - 1) ** 2, self.heads), self.param_dtype
     )
     bias = table[relative_position_index(window)].transpose(2, 0, 1)[None]  # (1, heads, query, key)
     if self.shift:
@@ -221,9 +194,9 @@ class SwinBlock(nn.Module):
     x = x + drop_path(attention(LayerNorm(**types, name="norm1")(x)))
     channels = x.shape[-1]
     y = LayerNorm(**types, name="norm2")(x)
-    y = _Dense(_MLP_RATIO * channels, **types, name="mlp1")(y)
+    y = Dense(_MLP_RATIO * channels, **types, name="mlp1")(y)
     y = gelu(y)
-    y = _Dense(channels, **types, name="mlp2")(y)
+    y = Dense(channels, **types, name="mlp2")(y)
     return x + drop_path(y)
 
 
@@ -241,7 +214,7 @@ class PatchMerging(nn.Module):
     cells = x.reshape(batch, height // 2, 2, width // 2, 2, channels).transpose(0, 1, 3, 4, 2, 5)
     cells = cells.reshape(batch, height // 2, width // 2, 4 * channels)
     cells = LayerNorm(**types, name="norm")(cells)
-    return _Dense(2 * channels, use_bias=False, **types, name="reduction")(cells)
+    return Dense(2 * channels, use_bias=False, **types, name="reduction")(cells)
 
 
 class PatchExpanding(nn.Module):
@@ -265,7 +238,7 @@ class PatchExpanding(nn.Module):
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     batch, height, width, _ = x.shape
     scale, features = self.scale, self.features
-    x = _Dense(scale**2 * features, use_bias=False, **types, name="expand")(x)
+    x = Dense(scale**2 * features, use_bias=False, **types, name="expand")(x)
     x = x.reshape(batch, height, width, scale, scale, features).swapaxes(2, 3)
     x = x.reshape(batch, scale * height, scale * width, features)
     return LayerNorm(**types, name="norm")(x)
@@ -351,7 +324,7 @@ class SwinUNet(nn.Module):
       i = stages - 1 - d  # the encoder stage of the same resolution
       x = PatchExpanding(x.shape[-1] // 2, 2, **types, name=f"expand{d}")(x)
       x = jnp.concatenate([x, skips[i]], axis=-1)
-      x = _Dense(self.embed_dim * 2**i, **types, name=f"concat{d}")(x)
+      x = Dense(self.embed_dim * 2**i, **types, name=f"concat{d}")(x)
       x = self._stage(f"decoder{d}", f"decoder_{d}", x, i, rates[i], train)
     x = norm(name="norm_up")(x)
     x = PatchExpanding(self.embed_dim, PATCH, **types, name="expand_final")(x)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from selfreg_jax.features import COLLECTION
-from selfreg_jax.models.layers import pointwise_convolution, torch_bias_init, torch_kernel_init
+from selfreg_jax.models.layers import BatchNorm, pointwise_convolution, torch_bias_init, torch_kernel_init
 
 Array = jax.Array
 Dtype = Any
@@ -31,6 +31,8 @@ def upsample_bilinear(x: Array) -> Array:
   Returns:
     (B, 2h, 2w, C).
   """
+  dtype = x.dtype
+  x = x.astype(jnp.promote_types(dtype, jnp.float32))
   for axis in (1, 2):
     size = x.shape[axis]
     j = np.arange(size).reshape([-1 if a == axis else 1 for a in range(4)])
@@ -43,7 +45,7 @@ def upsample_bilinear(x: Array) -> Array:
     odd = x + to_next * (following - x)
     shape = [*x.shape[:axis], 2 * size, *x.shape[axis + 1 :]]
     x = jnp.stack([even, odd], axis + 1).reshape(shape)
-  return x
+  return x.astype(dtype)
 
 
 def max_pool(x: Array) -> Array:
@@ -96,13 +98,9 @@ class ConvBlock(nn.Module):
       dtype=self.dtype,
       param_dtype=self.param_dtype,
     )
-    # Flax's momentum is PyTorch's 1 - 0.1; the fast variance E[x^2] - E[x]^2 cancels far from zero.
     norm = functools.partial(
-      nn.BatchNorm,
+      BatchNorm,
       use_running_average=not train,
-      momentum=0.9,
-      epsilon=1e-5,
-      use_fast_variance=False,
       dtype=self.dtype,
       param_dtype=self.param_dtype,
       axis_name=self.axis_name,

@@ -421,7 +421,7 @@ def _save_batch(plan: Plan, logger: RunLogger, state: TrainState, step: int) -> 
   tables = augment.ResizeTables.build(plan.dataset.shapes, plan.config.data.image_size)
   key = jax.random.wrap_key_data(np.asarray(jax.random.key_data(state.key)))
   input_fn = make_input_fn(plan.config, plan.manifest.scale)
-  seen = jax.jit(input_fn)(named_key(key, "input"), batch | {"tables": tables})
+  seen = meshes.jit(input_fn)(named_key(key, "input"), batch | {"tables": tables})
   arrays = {name: np.asarray(value) for name, value in seen.items()}
   return logger.arrays(f"nonfinite_step_{step:07d}.npz", arrays | {n: batch[n] for n in ("record", "position")})
 
