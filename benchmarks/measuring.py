@@ -111,9 +111,10 @@ class Row:
     other: the other side's; None where there is none.
     unit: of both.
     spread: e.g. the quartiles of both sides, for people.
-    target: largest ratio ours / other that is aimed at; None without one.
+    target: largest ratio ours / other that is aimed at, or the smallest where higher is better; None without one.
     target_of_ours: the target is for `ours` itself, not for the ratio.
-    higher_is_better: whether the ratio is to be read as other / ours for the target.
+    higher_is_better: of the values, and so of the ratio.
+    compared: give the ratio of both sides; not where it says nothing, as of two shares near 0.
     details: further numbers for the JSON.
   """
 
@@ -125,12 +126,13 @@ class Row:
   target: float | None = None
   target_of_ours: bool = False
   higher_is_better: bool = False
+  compared: bool = True
   details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def ratio(self) -> float | None:
-    """Ours / other; None where there is no other side."""
-    return None if self.other is None else self.ours / self.other
+    """Ours / other; None where there is no other side, or nothing to compare."""
+    return None if self.other is None or not self.compared else self.ours / self.other
 
 
 def timed_row(name: str, ours: Timing, other: Timing, *, target: float | None = None, **details: Any) -> Row:

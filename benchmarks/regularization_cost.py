@@ -16,8 +16,8 @@ from benchmarks import measuring
 from benchmarks.measuring import Row, Timing
 from benchmarks.steps import Ours, Setting, Theirs, require_equal_steps
 
-# Largest added share of a step, in percent, that is aimed at for the whole method on a CPU.
-TARGETS = {"unet": 3.0, "swin_unet": 5.0}
+# Largest added share of a step, in percent, that is aimed at for the whole method.
+TARGETS = {"cpu": {"unet": 3.0, "swin_unet": 5.0}, "gpu": {"unet": 2.0, "swin_unet": 3.0}}
 VARIANTS = ("baseline", "scr", "ifd", "selfreg")
 
 
@@ -37,7 +37,7 @@ def main() -> None:
     other="PyTorch",
     notes=[
       "added: median over the rounds of (a step with the term / the step without in the same round - 1)",
-      "the aim is at our own added share; the ratio says whose is smaller",
+      "the aim is at our own added share; a spread that holds 0 and the aim decides nothing: more --rounds",
     ],
   )
 
@@ -64,6 +64,7 @@ def _rows(network: str, flags: argparse.Namespace) -> list[Row]:
     steps |= {f"ours {variant}": ours, f"PyTorch {variant}": theirs}
   timings = measuring.alternate(steps, rounds=flags.rounds, warmup=1, budget=flags.budget)
 
+  target = TARGETS.get(jax.default_backend(), {}).get(network)
   baseline = timings["ours baseline"], timings["PyTorch baseline"]
   rows = [measuring.timed_row(f"{network} baseline: step", *baseline)]
   for variant in VARIANTS[1:]:
@@ -74,8 +75,9 @@ def _rows(network: str, flags: argparse.Namespace) -> list[Row]:
         *(shares.median for shares in added),
         unit="% added",
         spread="; ".join(f"{low:.3g}..{high:.3g}" for low, high in (shares.quartiles for shares in added)),
-        target=TARGETS[network] if variant == "selfreg" and not flags.short else None,
+        target=target if variant == "selfreg" and not flags.short else None,
         target_of_ours=True,
+        compared=False,
         details={side: timings[f"{side} {variant}"].to_json() for side in ("ours", "PyTorch")},
       )
     )

@@ -202,18 +202,24 @@ def measure_traffic(text: str, parameters: Any) -> Traffic:
     The traffic of a step.
   """
   found = find_collectives(text)
-  waiting = collections.Counter(leaf.size for leaf in jax.tree.leaves(parameters))
   counts, sizes = collections.Counter(), collections.Counter()
-  gradient_bytes = 0
+  reduced = collections.defaultdict(list)  # elements of an operand -> bytes of each such operand
   for collective in found:
     counts[collective.kind] += collective.times
     sizes[collective.kind] += collective.bytes
     if collective.kind == "all-reduce":
       for elements, size in collective.operands:
-        if waiting[elements]:
-          waiting[elements] -= 1
-          gradient_bytes += collective.times * size
-  return Traffic(dict(counts), dict(sizes), gradient_bytes, sizes.total() - gradient_bytes, waiting.total())
+        reduced[elements].append(collective.times * size)
+  gradient_bytes, unmatched = 0, 0
+  for leaf in sorted(jax.tree.leaves(parameters), key=lambda leaf: leaf.ndim == 1):  # vectors may be mistaken: last
+    # The gradient of a bias or scale comes in two halves, which are added up afterwards (models/layers.py).
+    forms = (2, 1) if leaf.ndim == 1 else (1,)
+    parts = next((parts for parts in forms if reduced[parts * leaf.size]), None)
+    if parts is None:
+      unmatched += 1
+    else:
+      gradient_bytes += reduced[parts * leaf.size].pop() // parts
+  return Traffic(dict(counts), dict(sizes), gradient_bytes, sizes.total() - gradient_bytes, unmatched)
 
 
 # --- Compiling the step ---

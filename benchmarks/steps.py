@@ -79,6 +79,7 @@ class Ours:
     state: of the training; replaced by every step.
     compiled: the program.
     compile_seconds: what tracing and compiling it took.
+    operations: floating-point operations of a step, as counted before the compiler rewrites them.
     metrics: of the latest step.
   """
 
@@ -115,6 +116,8 @@ class Ours:
     begin = time.perf_counter()
     self.compiled = meshes.compile_ahead(self._step, self.state, self._batch)
     self.compile_seconds = time.perf_counter() - begin
+    # A GPU's compiler hands products to libraries, which a compiled program's own count leaves out.
+    self.operations = self._step.lower(self.state, self._batch).cost_analysis()["flops"]
 
   def __call__(self) -> None:
     """One step."""
@@ -181,7 +184,7 @@ class Theirs:
 
     self.setting, self._torch = setting, torch
     self.config = setting.config()
-    self.device = torch.device("cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu")
+    self.device = torch_models.device()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
@@ -259,7 +262,10 @@ _HEADS = {"unet": "outc.conv.weight", "swin_unet": "output.weight"}
 _FIRSTS = {"unet": "inc.double_conv.0.weight", "swin_unet": "patch_embed.proj.weight"}
 
 
-def require_equal_steps(ours: Ours, theirs: Theirs) -> None:
+Draws = tuple[list[np.ndarray], list[tuple[np.ndarray, np.ndarray]]]
+
+
+def require_equal_steps(ours: Ours, theirs: Theirs) -> Draws:
   """Takes one step on both sides with the same weights and draws, and compares.
 
   Logits, loss, and what the step changed about the head's and the first layer's weights.
@@ -267,6 +273,9 @@ def require_equal_steps(ours: Ours, theirs: Theirs) -> None:
   Args:
     ours: not yet started; afterwards compiled and one step on.
     theirs: as made; afterwards one step on.
+
+  Returns:
+    The draws of the step: factors of the drop paths, channel pairs.
 
   Raises:
     NotComparableError: they differ by more than rounding does.
@@ -289,3 +298,29 @@ def require_equal_steps(ours: Ours, theirs: Theirs) -> None:
     if what in tolerances:
       changes = (after[layer] - before[layer] for after in (after_ours, after_theirs))
       require_equal(f"{name}: update of {layer}", *changes, rtol=tolerances[what])
+  return factors, pairs
+
+
+def require_compiled_equals_eager(compiled: Theirs, eager: Theirs, draws: Draws) -> None:
+  """Takes one step of PyTorch with and without torch.compile, from the same weights and with the same draws.
+
+  Args:
+    compiled: as made; afterwards one step on.
+    eager: likewise.
+    draws: of `require_equal_steps`.
+
+  Raises:
+    NotComparableError: loss or weights differ by more than rounding does.
+  """
+  setting = compiled.setting
+  tolerances = _TOLERANCES[setting.dtype]
+  name, layer = f"{setting.network} {setting.variant}: torch.compile", _HEADS[setting.network]
+  before = eager.weights()
+  require_equal(f"{name}: weights", compiled.weights()[layer], before[layer], rtol=0.0)
+  for side in (compiled, eager):
+    side.fix(*draws)
+    side()
+    side.fix(None, None)
+  require_equal(f"{name}: loss", compiled.loss.item(), eager.loss.item(), rtol=tolerances["loss"])
+  changes = (side.weights()[layer] - before[layer] for side in (compiled, eager))
+  require_equal(f"{name}: update of {layer}", *changes, rtol=tolerances["head"])

@@ -7,11 +7,25 @@ Images are (B, C, H, W); tapped maps too, in `Taps`.
 import dataclasses
 from collections.abc import Iterator, Sequence
 
+import jax
 import torch
 import torch.nn.functional as F  # noqa: N812, as in PyTorch's own documentation
 from torch import Tensor, nn
 
+from benchmarks.measuring import NotComparableError
 from selfreg_jax.models.swin_unet import PATCH, relative_position_index, shift_mask
+
+
+def device() -> torch.device:
+  """PyTorch's device of the kind on which JAX computes; raises NotComparableError where it has none."""
+  platform = jax.default_backend()
+  if platform == "cpu":
+    return torch.device("cpu")
+  if platform == "gpu" and torch.cuda.is_available():
+    return torch.device("cuda")
+  raise NotComparableError(
+    f"JAX computes on a {platform}, for which this PyTorch is not built; install one that is, or set JAX_PLATFORMS=cpu"
+  )
 
 
 @dataclasses.dataclass

@@ -40,13 +40,7 @@ def make_network(widths: tuple[int, ...]) -> Any:
   for module in network.modules():
     if isinstance(module, torch.nn.Conv2d):
       torch.nn.init.kaiming_normal_(module.weight)
-  return network.to(_torch_device())
-
-
-def _torch_device() -> str:
-  import torch
-
-  return "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
+  return network.to(torch_models.device(), memory_format=torch.channels_last)
 
 
 class Ours:
@@ -87,8 +81,11 @@ class Theirs:
     """(B, size, size, 1) float32 -> logits (B, classes, size, size), a tensor on the device."""
     import torch
 
+    from benchmarks import torch_models
+
     with torch.inference_mode():
-      logits, _ = self._network(torch.from_numpy(np.moveaxis(images, -1, 1)).to(_torch_device()))
+      batch = torch.from_numpy(np.moveaxis(images, -1, 1)).to(torch_models.device())
+      logits, _ = self._network(batch.contiguous(memory_format=torch.channels_last))
       if logits.is_cuda:
         torch.cuda.synchronize()
       return logits
@@ -127,7 +124,7 @@ def require_equal_maps(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def peak_memory(side: str, count: int, shape: tuple[int, int], widths: tuple[int, ...], size: int) -> float:
-  """Memory that predicting a volume takes beyond the loaded networks and the volume, in a process of its own, in MB.
+  """Memory that predicting a volume takes beyond the loaded networks and the volume, in a process of its own, in MiB.
 
   Args:
     side: "ours" or "other".
@@ -170,14 +167,17 @@ def main() -> None:
     sides = {"ours": functools.partial(ours, part), "other": functools.partial(theirs, part)}
     timings = measuring.alternate(sides, rounds=rounds, warmup=0)
     name = f"{count} slices of {shape[0]}x{shape[1]}"
-    rows.append(measuring.timed_row(name, timings["ours"], timings["other"], target=_TARGET))
+    rows.append(measuring.timed_row(name, timings["ours"], timings["other"]))
   images = np.random.default_rng(0).random((_BATCH, size, size, 1), np.float32)
   sides = {"ours": lambda: jax.block_until_ready(ours.forward(images)), "other": lambda: theirs.forward(images)}
   timings = measuring.alternate(sides, rounds=rounds)
-  rows.append(measuring.timed_row(f"forward pass alone, {_BATCH} slices", timings["ours"], timings["other"]))
+  name = f"forward pass alone, {_BATCH} slices"
+  logits = np.moveaxis(theirs.forward(images).cpu().numpy(), 1, -1)
+  measuring.require_equal(name, ours.forward(images), logits, rtol=2e-3)
+  rows.append(measuring.timed_row(name, timings["ours"], timings["other"], target=_TARGET))
   for count in (counts[0], counts[-1]):
     memory = {side: peak_memory(side, count, shape, widths, size) for side in ("ours", "other")}
-    rows.append(measuring.Row(f"peak memory, {count} slices", memory["ours"], memory["other"], unit="MB"))
+    rows.append(measuring.Row(f"peak memory, {count} slices", memory["ours"], memory["other"], unit="MiB"))
   measuring.present(
     "A volume through the paper's UNet" if not options.short else "A volume through a narrow UNet",
     rows,

@@ -2,10 +2,11 @@
 
 The modules here have the parameters, the names and the numbers of Flax's. What they do otherwise is how they sum over
 pixels, forward and backward. XLA's CPU backend takes a sum over all axes but the last, which is what the gradient of
-every bias and scale is, ten times as slowly as a sum over the rows of a matrix; `channel_sum` and `spread` are each
-other's transposes and keep to the latter.
+every bias and scale is, ten times as slowly as the same in two halves, rows of two pixels; `channel_sum` and `spread`
+are each other's transposes and keep to the latter.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -51,17 +52,21 @@ def pointwise_convolution(x: Array, kernel: Array, *arguments: Any, **options: A
 
 
 def channel_sum(x: Array) -> Array:
-  """The sum over all axes but the last: (..., W, C) -> (C,)."""
-  width, channels = x.shape[-2:]
-  rows = x.reshape(-1, width * channels)
-  return rows.sum(axis=0).reshape(width, channels).sum(axis=0)
+  """The sum over all axes but the last: (..., C) -> (C,)."""
+  channels, halves = x.shape[-1], _halves(x.shape)
+  return x.reshape(-1, halves * channels).sum(axis=0).reshape(halves, channels).sum(axis=0)
 
 
 def spread(values: Array, shape: Sequence[int]) -> Array:
-  """Values of the channels everywhere, (C,) -> (..., W, C); what flows back is summed up by `channel_sum`."""
-  *leading, width, channels = shape
-  row = jnp.broadcast_to(values, (width, channels)).reshape(width * channels)
-  return jnp.broadcast_to(row, (int(np.prod(leading)), width * channels)).reshape(shape)
+  """Values of the channels everywhere, (C,) -> (..., C); what flows back is summed up by `channel_sum`."""
+  halves = _halves(shape)
+  row = jnp.broadcast_to(values, (halves, *values.shape)).reshape(-1)
+  return jnp.broadcast_to(row, (math.prod(shape) // row.size, row.size)).reshape(shape)
+
+
+def _halves(shape: Sequence[int]) -> int:
+  """Into how many sums those over the pixels are first taken; an odd number of pixels cannot be halved."""
+  return 2 if math.prod(shape[:-1]) % 2 == 0 else 1
 
 
 class BatchNorm(nn.Module):

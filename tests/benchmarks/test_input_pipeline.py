@@ -1,8 +1,11 @@
+import time
+
 import numpy as np
 import pytest
 
 from benchmarks import input_pipeline, made_data
 from benchmarks.measuring import NotComparableError
+from selfreg_jax.data import pipeline
 
 
 def written(tmp_path, channels):
@@ -34,3 +37,15 @@ def test_slices_that_differ_are_noticed(tmp_path, monkeypatch):
   monkeypatch.setattr(torch_data, "resize", lambda image, label, size: resize(image + 0.01, label, size))
   with pytest.raises(NotComparableError, match="slices"):
     input_pipeline.require_equal_slices("slices", files, size=24)
+
+
+def test_a_reader_that_is_too_slow_is_seen_in_the_share_of_waiting(monkeypatch):
+  read = pipeline.SliceDataset.read
+
+  def slow(self, position, record):
+    time.sleep(0.1)
+    return read(self, position, record)
+
+  monkeypatch.setattr(pipeline.SliceDataset, "read", slow)
+  row = input_pipeline.waiting_share(short=True)
+  assert row.ours > 5 * row.target

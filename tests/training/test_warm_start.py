@@ -151,7 +151,7 @@ def test_converted_weights_predict_and_start_but_do_not_continue(prepared, tmp_p
   assert (predictor.step, predictor.val_dice) == (0, None)
   images = jax.random.uniform(jax.random.key(0), (2, 32, 32, 1))
   expected = jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, images)
-  np.testing.assert_array_equal(predictor.predict_fn(images), expected)
+  np.testing.assert_allclose(predictor.predict_fn(images), expected, rtol=1e-5, atol=1e-6)
 
   with pytest.raises(UserError, match=r"converted weights, not a run.*--config\.init_from"):
     train(config, workdir)
