@@ -210,6 +210,7 @@ def main() -> None:
     "Input pipeline, augmentation included",
     rows,
     as_json=options.json,
+    device=measuring.device_kind(),
     other="npz + scipy + DataLoader",
     notes=[f"Batches of {amount['batch_size']}; {conversion.cpus()} worker processes on the other side."],
   )

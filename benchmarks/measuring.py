@@ -150,6 +150,14 @@ def parser(description: str | None) -> argparse.ArgumentParser:
   return made
 
 
+def device_kind() -> str:
+  """What JAX computes on: "cpu", or the name of the first accelerator."""
+  import jax  # not by benchmarks that do without it
+
+  device = jax.devices()[0]
+  return "cpu" if device.platform == "cpu" else device.device_kind
+
+
 def machine(device: str | None = None) -> dict[str, Any]:
   """What the numbers hold for: versions, processor, cores, load, device."""
   versions = {}

@@ -28,12 +28,11 @@ def main() -> None:
   for network in ("unet", "swin_unet") if flags.network == "both" else (flags.network,):
     rows += _rows(network, flags)
     gc.collect()
-  platform = jax.default_backend()
   measuring.present(
     "Added by self-regularization",
     rows,
     as_json=flags.json,
-    device=None if platform == "cpu" else jax.devices()[0].device_kind,
+    device=measuring.device_kind(),
     other="PyTorch",
     notes=[
       "added: median over the rounds of (a step with the term / the step without in the same round - 1)",

@@ -112,6 +112,7 @@ def main() -> None:
     "Start of training",
     rows,
     as_json=options.json,
+    device=measuring.device_kind(),
     other="without cache",
     notes=[f"Batches of 4; each includes the step itself. Size of the cache: {sizes}."],
   )

@@ -47,9 +47,10 @@ def main() -> None:
     gc.collect()
   for network in {setting.network: None for setting in _settings(flags)}:
     rows.append(_memory_row(flags, network))
-  device = None if _platform() == "cpu" else jax.devices()[0].device_kind
   notes.append("PyTorch: the faster of eager and torch.compile" if flags.compiled else "PyTorch: eager")
-  measuring.present("Training step", rows, as_json=flags.json, device=device, other="PyTorch", notes=notes)
+  measuring.present(
+    "Training step", rows, as_json=flags.json, device=measuring.device_kind(), other="PyTorch", notes=notes
+  )
 
 
 def _flags() -> argparse.Namespace:

@@ -182,7 +182,7 @@ def main() -> None:
     "A volume through the paper's UNet" if not options.short else "A volume through a narrow UNet",
     rows,
     as_json=options.json,
-    device=jax.devices()[0].device_kind,
+    device=measuring.device_kind(),
     other="PyTorch, slice by slice",
     notes=[
       f"Share of voxels whose class differs: {differing:.2g}. Ours in batches of {_BATCH}.",

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+import pytest
 
 from selfreg_jax.models.factory import build_model, initial_variables
 from selfreg_jax.training import checkpoints
@@ -131,6 +132,18 @@ def make_config(prepared, **fields):
 def start_training(prepared, workdir, log, *, devices=1, disk=None, flags=(), **fields):
   """train.py in a process of its own."""
   return Run("train.py", *train_flags(prepared, workdir, **fields), *flags, log=log, devices=devices, disk=disk)
+
+
+def whole_run(**fields):
+  """A fixture of a module: the workdir of an uninterrupted run with these fields."""
+
+  @pytest.fixture(scope="module")
+  def whole(prepared, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    train_whole(prepared, folder / "run", folder / "log.txt", **fields)
+    return folder / "run"
+
+  return whole
 
 
 def train_whole(prepared, workdir, log, **options):

@@ -13,11 +13,7 @@ KIB = 1024
 needs_mount = pytest.mark.skipif(not harness.can_mount(), reason="this user may not mount a file system")
 
 
-@pytest.fixture(scope="module")
-def whole(prepared, tmp_path_factory):
-  folder = tmp_path_factory.mktemp("whole")
-  harness.train_whole(prepared, folder / "run", folder / "log.txt", **FIELDS)
-  return folder / "run"
+whole = harness.whole_run(**FIELDS)
 
 
 @pytest.fixture

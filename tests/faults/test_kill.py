@@ -2,19 +2,13 @@
 
 import random
 
-import pytest
-
 from tests.faults import harness
 
 FIELDS = {"train__steps": 120, "train__validate_every": 12}
 MOMENTS = 4 * ["writing", "step", "deleting", "writing", "start"]
 
 
-@pytest.fixture(scope="module")
-def whole(prepared, tmp_path_factory):
-  folder = tmp_path_factory.mktemp("whole")
-  harness.train_whole(prepared, folder / "run", folder / "log.txt", **FIELDS)
-  return folder / "run"
+whole = harness.whole_run(**FIELDS)
 
 
 def test_twenty_kills_leave_no_trace(prepared, whole, tmp_path):

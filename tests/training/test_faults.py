@@ -11,12 +11,7 @@ from tests.faults import harness
 FIELDS = {"train__steps": 100, "train__validate_every": 50}
 
 
-@pytest.fixture(scope="module")
-def whole(prepared, tmp_path_factory):
-  """The workdir of an uninterrupted run."""
-  folder = tmp_path_factory.mktemp("whole")
-  harness.train_whole(prepared, folder / "run", folder / "log.txt", **FIELDS)
-  return folder / "run"
+whole = harness.whole_run(**FIELDS)
 
 
 def test_two_kills_leave_no_trace(prepared, whole, tmp_path):
