@@ -30,8 +30,10 @@ test-report: $(VENV)/.installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(SELENIUM)
 	$(BIN)/python -m pytest -q tests/browser
 
-# The short forms, on the CPU: they show that every comparison runs, not how it comes out.
+# The short forms, on the CPU: they show that every comparison runs, not how it comes out. Tests that need PyTorch or
+# medpy run here only.
 bench: $(VENV)/.installed-benchmarks
+	$(BIN)/python -m pytest -q tests/benchmarks
 	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.train_step --short
 	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.regularization_cost --short
 	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.input_pipeline --short

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from selfreg_jax.data import conversion
 
+_LOAD = os.getloadavg()[0]  # before the benchmark adds its own
 _VERSIONED = ("selfreg-jax", "jax", "jaxlib", "flax", "numpy", "scipy", "torch", "medpy")
 
 
@@ -95,10 +96,19 @@ def require_equal(what: str, ours: Any, theirs: Any, *, rtol: float, atol: float
     raise NotComparableError(f"{what}: the two sides differ by {difference:.3g}, {allowed:.3g} is allowed")
 
 
-def memory(name: str) -> float:
-  """Memory of this process by its name in /proc/self/status, such as "VmRSS" or "VmHWM" (its peak), in MiB."""
+def resident(name: str = "VmRSS") -> float:
+  """Resident memory of this process in MiB: "VmRSS", what it is now, or "VmHWM", its highest."""
   found = re.search(rf"^{name}:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text(), re.MULTILINE)
   return int(found[1]) / 1024
+
+
+def peak_growth(function: Callable[[], Any]) -> float:
+  """By how much the resident memory at its highest during a call exceeds what it was before, in MiB."""
+  # Not getrusage's maximum: a process inherits that of the one it was forked from, and it cannot be set back.
+  pathlib.Path("/proc/self/clear_refs").write_text("5")
+  before = resident()
+  function()
+  return resident("VmHWM") - before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,10 +145,16 @@ class Row:
     return None if self.other is None or not self.compared else self.ours / self.other
 
 
+def without_compiler(what: str, error: Exception) -> str:
+  """A note that torch.compile does not work here: it wants a C++ compiler or Triton, and fails in many ways."""
+  return f"{what}: torch.compile failed here: {str(error).splitlines()[0]}"
+
+
 def timed_row(name: str, ours: Timing, other: Timing, *, target: float | None = None, **details: Any) -> Row:
-  """A row of two timings: medians, their ratio, and the quartiles of both."""
-  spread = "; ".join(f"{low:.4g}..{high:.4g}" for low, high in (ours.quartiles, other.quartiles))
-  runs = {"ours": ours.to_json(), "other": other.to_json()}
+  """A row of two timings taken in turns: medians, their ratio; quartiles of both and of the ratios round by round."""
+  ratios = Timing(tuple(a / b for a, b in zip(ours.seconds, other.seconds, strict=True)))
+  spread = "; ".join(f"{low:.3g}..{high:.3g}" for low, high in (ours.quartiles, other.quartiles, ratios.quartiles))
+  runs = {"ours": ours.to_json(), "other": other.to_json(), "ratio_quartiles": ratios.quartiles}
   return Row(name, ours.median, other.median, spread=spread, target=target, details=runs | details)
 
 
@@ -171,7 +187,8 @@ def machine(device: str | None = None) -> dict[str, Any]:
     "versions": versions,
     "processor": _processor(),
     "cores": conversion.cpus(),
-    "load": round(os.getloadavg()[0], 2),
+    "torch_threads": sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None,
+    "load": round(_LOAD, 2),
     "device": device or "cpu",
     "date": time.strftime("%Y-%m-%d"),
   }
@@ -212,7 +229,7 @@ def present(
     return
   console = Console(width=None if sys.stdout.isatty() else 120)
   result = table.Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-  for heading in ("", "unit", "ours", other, "ours / other", "target", "quartiles: ours; other"):
+  for heading in ("", "unit", "ours", other, "ours / other", "target", "quartiles: ours; other; ratio"):
     result.add_column(heading, justify="left" if heading in ("", "unit") else "right")
   for row in rows:
     result.add_row(
@@ -226,7 +243,11 @@ def present(
     )
   console.print(result)
   versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-  console.print(f"{facts['device']} of {facts['processor']}, {facts['cores']} cores, load {facts['load']}; {versions}")
+  threads = "" if facts["torch_threads"] is None else f" ({facts['torch_threads']} threads for PyTorch)"
+  console.print(
+    f"{facts['device']} of {facts['processor']}, {facts['cores']} cores{threads}, load before {facts['load']}; "
+    f"{versions}"
+  )
   for note in notes:
     console.print(note, markup=False, highlight=False)
 

@@ -14,7 +14,7 @@ import jax
 
 from benchmarks import measuring
 from benchmarks.measuring import Row, Timing
-from benchmarks.steps import Ours, Setting, Theirs, require_equal_steps
+from benchmarks.steps import Ours, Theirs, parse_flags, require_equal_steps, settings
 
 # Largest added share of a step, in percent, that is aimed at for the whole method.
 TARGETS = {"cpu": {"unet": 3.0, "swin_unet": 5.0}, "gpu": {"unet": 2.0, "swin_unet": 3.0}}
@@ -23,9 +23,9 @@ VARIANTS = ("baseline", "scr", "ifd", "selfreg")
 
 def main() -> None:
   """Measures and prints."""
-  flags = _flags()
+  flags = parse_flags(measuring.parser(__doc__))
   rows = []
-  for network in ("unet", "swin_unet") if flags.network == "both" else (flags.network,):
+  for network in flags.networks:
     rows += _rows(network, flags)
     gc.collect()
   measuring.present(
@@ -41,26 +41,12 @@ def main() -> None:
   )
 
 
-def _flags() -> argparse.Namespace:
-  parser = measuring.parser(__doc__)
-  parser.add_argument("--network", choices=("both", "unet", "swin_unet"), default="both")
-  parser.add_argument("--batch_size", type=int, help="slices of a batch; 4 on a CPU, 24 on a GPU")
-  parser.add_argument("--rounds", type=int, help="timed steps of each variant and side; 11, or 3 with --short")
-  parser.add_argument("--budget", type=float, default=1200.0, help="seconds for a network; three rounds at least")
-  flags = parser.parse_args()
-  flags.batch_size = flags.batch_size or (24 if jax.default_backend() == "gpu" else 2 if flags.short else 4)
-  flags.rounds = flags.rounds or (3 if flags.short else 11)
-  return flags
-
-
 def _rows(network: str, flags: argparse.Namespace) -> list[Row]:
-  dtype = "bfloat16" if jax.default_backend() == "gpu" else "float32"
   steps = {}
-  for variant in VARIANTS:
-    setting = Setting(network, variant, flags.batch_size, flags.short, dtype)
+  for setting in settings(flags, network, VARIANTS):
     ours, theirs = Ours(setting), Theirs(setting)
     require_equal_steps(ours, theirs)
-    steps |= {f"ours {variant}": ours, f"PyTorch {variant}": theirs}
+    steps |= {f"ours {setting.variant}": ours, f"PyTorch {setting.variant}": theirs}
   timings = measuring.alternate(steps, rounds=flags.rounds, warmup=1, budget=flags.budget)
 
   target = TARGETS.get(jax.default_backend(), {}).get(network)

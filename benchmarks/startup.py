@@ -107,7 +107,7 @@ def main() -> None:
       measure(f"{name}: command to first step", Start(flags, data, batch_size=4), rounds=rounds)
       for name, flags in settings.items()
     ]
-  sizes = ", ".join(f"{row.details['cache_bytes'] / 2**20:.1f} MB" for row in rows)
+  sizes = ", ".join(f"{row.details['cache_bytes'] / 2**20:.1f} MiB" for row in rows)
   measuring.present(
     "Start of training",
     rows,

@@ -4,10 +4,11 @@ Ours is the step that training compiles (`make_train_step` through `mesh.jit_for
 augmentation; theirs is plain PyTorch. Forward pass, loss, backward pass and SGD with momentum and weight decay.
 """
 
+import argparse
 import dataclasses
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -25,9 +26,36 @@ from selfreg_jax.models.factory import build_model, initial_variables
 from selfreg_jax.training import optimizer as optimizers
 from selfreg_jax.training.step import TrainState, create_state, make_loss, make_train_step, named_key
 
+NETWORKS = ("unet", "swin_unet")
 CLASSES = 9
 RATE = 0.01
 _STEPS = 10**6  # of the learning rate's schedule, so long that the rate stands still
+
+
+def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
+  """The command's flags, with those of all benchmarks of steps: which networks, batch size, rounds.
+
+  Args:
+    parser: of `measuring.parser`, with the benchmark's own flags.
+
+  Returns:
+    The flags; defaults that depend on the device or on --short are filled in, `networks` holds names.
+  """
+  parser.add_argument("--network", choices=("both", *NETWORKS), default="both")
+  parser.add_argument("--batch_size", type=int, help="slices of a batch; 4 on a CPU, 24 on a GPU")
+  parser.add_argument("--rounds", type=int, help="timed steps of each side; 9, or 3 with --short")
+  parser.add_argument("--budget", type=float, default=900.0, help="seconds of turns; three rounds at least")
+  flags = parser.parse_args()
+  flags.networks = NETWORKS if flags.network == "both" else (flags.network,)
+  flags.batch_size = flags.batch_size or ((2 if flags.short else 4) if jax.default_backend() == "cpu" else 24)
+  flags.rounds = flags.rounds or (3 if flags.short else 9)
+  return flags
+
+
+def settings(flags: argparse.Namespace, network: str, variants: Sequence[str]) -> list["Setting"]:
+  """A setting for each variant of the loss, as the flags ask: in float32 on a CPU, in bfloat16 elsewhere."""
+  dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  return [Setting(network, variant, flags.batch_size, flags.short, dtype) for variant in variants]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +202,7 @@ class Theirs:
 
   Attributes:
     network: the module, in channels_last.
-    loss: of the latest step.
+    terms: of the latest step's loss: "total" and, where they take part, "scr" and "ifd" without their weights.
   """
 
   def __init__(self, setting: Setting, *, compiled: bool = False):
@@ -209,8 +237,8 @@ class Theirs:
     self._image = image.contiguous(memory_format=torch.channels_last)
     self._label = torch.from_numpy(batch["label"]).long().to(self.device)
     self._pairs = None
-    self._forward = torch.compile(self._logits_and_loss) if compiled else self._logits_and_loss
-    self.loss: Any = None
+    self._forward = torch.compile(self._logits_and_terms) if compiled else self._logits_and_terms
+    self.terms: dict[str, Any] = {}
 
   def weights(self) -> dict[str, np.ndarray]:
     """Copies of all weights, by PyTorch's names."""
@@ -225,7 +253,7 @@ class Theirs:
       for place, factor in zip(places, factors or [None] * len(places), strict=True):
         place.factors = None if factor is None else tensor(factor)
 
-  def _logits_and_loss(self) -> tuple[Any, Any]:
+  def _logits_and_terms(self) -> tuple[Any, dict[str, Any]]:
     from benchmarks import torch_losses
 
     torch, loss = self._torch, self.config.loss
@@ -233,21 +261,23 @@ class Theirs:
       logits, taps = self.network(self._image)
     logits = logits.float()
     ce = torch.nn.functional.cross_entropy(logits, self._label)
-    base = loss.ce_weight * ce + loss.dice_weight * torch_losses.soft_dice(logits, self._label)
-    if loss.scr_weight or loss.ifd_weight:
-      base = base + torch_losses.self_regularization(taps, loss.scr_weight, loss.ifd_weight, self._pairs)
-    return logits, base
+    total = loss.ce_weight * ce + loss.dice_weight * torch_losses.soft_dice(logits, self._label)
+    terms = torch_losses.self_regularization(taps, loss.scr_weight, loss.ifd_weight, self._pairs)
+    for name, weight in (("scr", loss.scr_weight), ("ifd", loss.ifd_weight)):
+      if name in terms:
+        total = total + weight * terms[name]
+    return logits, terms | {"total": total}
 
   def logits(self) -> np.ndarray:
     """Logits of the training batch, (B, H, W, classes), without a step."""
     with self._torch.no_grad():
-      return self._logits_and_loss()[0].permute(0, 2, 3, 1).cpu().numpy()
+      return self._logits_and_terms()[0].permute(0, 2, 3, 1).cpu().numpy()
 
   def __call__(self) -> None:
     """One step."""
     self._optimizer.zero_grad(set_to_none=True)
-    _, self.loss = self._forward()
-    self.loss.backward()
+    _, self.terms = self._forward()
+    self.terms["total"].backward()
     self._optimizer.step()
     if self.device.type == "cuda":
       self._torch.cuda.synchronize()
@@ -255,8 +285,8 @@ class Theirs:
 
 # Largest difference, relative to the largest value of each comparison. In bfloat16 both sides round after every layer.
 _TOLERANCES = {
-  "float32": {"logits": 2e-3, "loss": 2e-4, "head": 5e-3, "first": 5e-2},
-  "bfloat16": {"logits": 0.1, "loss": 2e-2, "head": 0.1},
+  "float32": {"logits": 2e-3, "terms": 2e-4, "head": 5e-3, "first": 5e-2},
+  "bfloat16": {"logits": 0.1, "terms": 2e-2, "head": 0.1},
 }
 _HEADS = {"unet": "outc.conv.weight", "swin_unet": "output.weight"}
 _FIRSTS = {"unet": "inc.double_conv.0.weight", "swin_unet": "patch_embed.proj.weight"}
@@ -268,7 +298,7 @@ Draws = tuple[list[np.ndarray], list[tuple[np.ndarray, np.ndarray]]]
 def require_equal_steps(ours: Ours, theirs: Theirs) -> Draws:
   """Takes one step on both sides with the same weights and draws, and compares.
 
-  Logits, loss, and what the step changed about the head's and the first layer's weights.
+  Logits, the loss and its terms SCR and IFD, and what the step changed about the head's and the first layer's weights.
 
   Args:
     ours: not yet started; afterwards compiled and one step on.
@@ -292,7 +322,8 @@ def require_equal_steps(ours: Ours, theirs: Theirs) -> Draws:
   ours()
   theirs()
   theirs.fix(None, None)
-  require_equal(f"{name}: loss", ours.metrics["total"], theirs.loss.item(), rtol=tolerances["loss"])
+  for term, value in theirs.terms.items():
+    require_equal(f"{name}: {term}", ours.metrics[term], value.item(), rtol=tolerances["terms"])
   after_ours, after_theirs = sr.to_pytorch(ours.state.variables, ours.model, image_size=setting.size), theirs.weights()
   for what, layer in (("head", _HEADS[setting.network]), ("first", _FIRSTS[setting.network])):
     if what in tolerances:
@@ -310,7 +341,7 @@ def require_compiled_equals_eager(compiled: Theirs, eager: Theirs, draws: Draws)
     draws: of `require_equal_steps`.
 
   Raises:
-    NotComparableError: loss or weights differ by more than rounding does.
+    NotComparableError: terms of the loss or weights differ by more than rounding does.
   """
   setting = compiled.setting
   tolerances = _TOLERANCES[setting.dtype]
@@ -321,6 +352,7 @@ def require_compiled_equals_eager(compiled: Theirs, eager: Theirs, draws: Draws)
     side.fix(*draws)
     side()
     side.fix(None, None)
-  require_equal(f"{name}: loss", compiled.loss.item(), eager.loss.item(), rtol=tolerances["loss"])
+  for term, value in eager.terms.items():
+    require_equal(f"{name}: {term}", compiled.terms[term].item(), value.item(), rtol=tolerances["terms"])
   changes = (side.weights()[layer] - before[layer] for side in (compiled, eager))
   require_equal(f"{name}: update of {layer}", *changes, rtol=tolerances["head"])

@@ -1,7 +1,7 @@
 """The method's losses in plain PyTorch, written for these comparisons, with the same economies as ours.
 
-The final map is pooled once for each size, channels are gathered on the smaller side only, and nothing is computed
-whose weight is 0.
+The final map is pooled once for each size, only the side that has channels to spare is gathered, and nothing is
+computed whose weight is 0.
 """
 
 from collections.abc import Sequence
@@ -62,19 +62,19 @@ def self_regularization(
   scr_weight: float,
   ifd_weight: float,
   pairs: Sequence[tuple[Tensor, Tensor]] | None = None,
-) -> Tensor:
-  """The weighted sum of SCR and IFD over all positions and stages.
+) -> dict[str, Tensor]:
+  """SCR and IFD, each over all positions and stages.
 
   Args:
     taps: maps of one forward pass; no map is larger than the final one.
-    scr_weight: of SCR; 0 leaves it out.
+    scr_weight: of SCR; where it is 0 the term is left out.
     ifd_weight: of IFD, likewise.
     pairs: channel pairs for each map, position by position; None draws them.
 
   Returns:
-    Scalar.
+    The terms "scr" and "ifd" without their weights, scalars.
   """
-  total = torch.zeros((), device=taps.final.device)
+  found = {}
   final, targets, place = taps.final.detach().float(), {}, 0
   for encoder, decoder in taps.positions():
     maps = encoder + decoder
@@ -87,8 +87,8 @@ def self_regularization(
         drawn = random_pairs(x.shape[1], final.shape[1], x.device) if pairs is None else pairs[place]
         terms.append(semantic_consistency(x, targets[size], drawn))
         place += 1
-      total = total + scr_weight * torch.stack(terms).mean()
+      found["scr"] = found.get("scr", 0) + torch.stack(terms).mean()
     if ifd_weight:
       for side in (encoder, decoder):
-        total = total + ifd_weight * torch.stack([internal_feature_distillation(x) for x in side]).mean()
-  return total
+        found["ifd"] = found.get("ifd", 0) + torch.stack([internal_feature_distillation(x) for x in side]).mean()
+  return found

@@ -14,18 +14,27 @@ import json
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from benchmarks import measuring
 from benchmarks.measuring import NotComparableError, Row, Timing
-from benchmarks.steps import Ours, Setting, Theirs, require_compiled_equals_eager, require_equal_steps
+from benchmarks.steps import (
+  Ours,
+  Setting,
+  Theirs,
+  parse_flags,
+  require_compiled_equals_eager,
+  require_equal_steps,
+  settings,
+)
 
 # Largest ratios ours / PyTorch that are aimed at.
 TIME_TARGETS = {"cpu": {"unet": 1.25, "swin_unet": 1.0}, "gpu": {"unet": 0.75, "swin_unet": 0.75}}
 MEMORY_TARGETS = {"cpu": 1.0, "gpu": 0.8}
+VARIANTS = ("baseline", "selfreg")
 _SIDES = {"ours": Ours, "PyTorch": Theirs}
 _MEMORY_STEPS = 3
 
@@ -34,10 +43,14 @@ def main() -> None:
   """Measures and prints."""
   flags = _flags()
   if flags.memory_of:
-    print(json.dumps(_memory_here(flags.memory_of, next(_settings(flags)))))
+    (network,) = flags.networks
+    print(json.dumps(_memory_here(flags.memory_of, *settings(flags, network, ("selfreg",)))))
     return
+  jax.config.update("jax_enable_compilation_cache", False)  # the time to compile is one of the rows
+  memory_rows = [_memory_row(flags, network) for network in flags.networks]  # first: it may fail, and is done soon
   rows, notes = [], []
-  for setting in _settings(flags):
+  variants = VARIANTS if flags.variant == "both" else (flags.variant,)
+  for setting in (setting for network in flags.networks for setting in settings(flags, network, variants)):
     sides, facts = _sides(setting, compiled=flags.compiled, notes=notes)
     sides["matmul"], operations = _matmul(setting)
     timings = measuring.alternate(sides, rounds=flags.rounds, warmup=2, budget=flags.budget)
@@ -45,43 +58,31 @@ def main() -> None:
     rows += _time_rows(setting, timings, facts, rate)
     sides.clear()
     gc.collect()
-  for network in {setting.network: None for setting in _settings(flags)}:
-    rows.append(_memory_row(flags, network))
   notes.append("PyTorch: the faster of eager and torch.compile" if flags.compiled else "PyTorch: eager")
   measuring.present(
-    "Training step", rows, as_json=flags.json, device=measuring.device_kind(), other="PyTorch", notes=notes
+    "Training step",
+    rows + memory_rows,
+    as_json=flags.json,
+    device=measuring.device_kind(),
+    other="PyTorch",
+    notes=notes,
   )
 
 
 def _flags() -> argparse.Namespace:
   parser = measuring.parser(__doc__)
-  parser.add_argument("--network", choices=("both", "unet", "swin_unet"), default="both")
-  parser.add_argument("--variant", choices=("both", "baseline", "selfreg"), default="both")
-  parser.add_argument("--batch_size", type=int, help="slices of a batch; 4 on a CPU, 24 on a GPU")
-  parser.add_argument("--rounds", type=int, help="timed steps of each side; 9, or 3 with --short")
-  parser.add_argument(
-    "--budget", type=float, default=600.0, help="seconds for a network and variant; three rounds at least"
-  )
+  parser.add_argument("--variant", choices=("both", *VARIANTS), default="both")
   parser.add_argument(
     "--compiled", action=argparse.BooleanOptionalAction, help="PyTorch also through torch.compile; off with --short"
   )
   parser.add_argument("--memory_of", choices=tuple(_SIDES), help=argparse.SUPPRESS)  # the child process of a side
-  flags = parser.parse_args()
-  flags.batch_size = flags.batch_size or (24 if _platform() == "gpu" else 2 if flags.short else 4)
-  flags.rounds = flags.rounds or (3 if flags.short else 9)
+  flags = parse_flags(parser)
   flags.compiled = not flags.short if flags.compiled is None else flags.compiled
   return flags
 
 
 def _platform() -> str:
   return jax.default_backend()
-
-
-def _settings(flags: argparse.Namespace) -> Iterator[Setting]:
-  dtype = "bfloat16" if _platform() == "gpu" else "float32"
-  for network in ("unet", "swin_unet") if flags.network == "both" else (flags.network,):
-    for variant in ("baseline", "selfreg") if flags.variant == "both" else (flags.variant,):
-      yield Setting(network, variant, flags.batch_size, flags.short, dtype)
 
 
 def _sides(setting: Setting, *, compiled: bool, notes: list[str]) -> tuple[dict[str, Callable[[], None]], dict]:
@@ -95,8 +96,8 @@ def _sides(setting: Setting, *, compiled: bool, notes: list[str]) -> tuple[dict[
       require_compiled_equals_eager(faster, Theirs(setting), draws)
     except NotComparableError:
       raise
-    except Exception as error:  # torch.compile wants a C++ compiler or Triton, and fails in many ways
-      notes.append(f"{setting.network} {setting.variant}: torch.compile failed here: {str(error).splitlines()[0]}")
+    except Exception as error:
+      notes.append(measuring.without_compiler(f"{setting.network} {setting.variant}", error))
     else:
       sides["compiled"] = faster
   return sides, {"compile_seconds": ours.compile_seconds, "operations": ours.operations}
@@ -142,7 +143,7 @@ def _memory_row(flags: argparse.Namespace, network: str) -> Row:
   peaks = {}
   for side in _SIDES:
     command = [sys.executable, "-m", "benchmarks.train_step", f"--memory_of={side}", f"--network={network}"]
-    command += ["--variant=selfreg", f"--batch_size={flags.batch_size}", *(["--short"] if flags.short else [])]
+    command += [f"--batch_size={flags.batch_size}", *(["--short"] if flags.short else [])]
     try:
       output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     except subprocess.CalledProcessError as error:
@@ -159,24 +160,25 @@ def _memory_here(side: str, setting: Setting) -> dict[str, float]:
     import torch._dynamo  # the optimizers import it when they are first made
 
     import benchmarks.torch_losses  # noqa: F401
-  on_gpu = _platform() == "gpu"
-  before = measuring.memory("VmRSS")
-  step = _SIDES[side](setting)
-  found = {}
-  if side == "ours":
-    step.start()
-    step.compile()
-    found = {"after_compilation": measuring.memory("VmRSS") - before}
-  for _ in range(_MEMORY_STEPS):
-    step()
-  if on_gpu and side == "ours":
-    return found | {"peak": jax.devices()[0].memory_stats()["peak_bytes_in_use"] / 2**20}
-  if on_gpu:
+  before, found = measuring.resident(), {}
+
+  def train() -> None:
+    step = _SIDES[side](setting)
+    if side == "ours":
+      step.start()
+      step.compile()
+      found["after_compilation"] = measuring.resident() - before
+    for _ in range(_MEMORY_STEPS):
+      step()
+
+  found["peak"] = measuring.peak_growth(train)
+  if _platform() == "gpu":
     import torch
 
-    return found | {"peak": torch.cuda.max_memory_allocated() / 2**20}
-  # Not getrusage's maximum: a process inherits that of the one it was forked from.
-  return found | {"peak": measuring.memory("VmHWM") - before}
+    ours = side == "ours"
+    peak = jax.devices()[0].memory_stats()["peak_bytes_in_use"] if ours else torch.cuda.max_memory_allocated()
+    found["peak"] = peak / 2**20
+  return found
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Compiled programs kept between runs (JAX's persistent compilation cache), by default in the user's cache folder.
 
-An entry is found by the program, the compiler's version and flags and the machine's features, so a cached program is
-the one that would be compiled: results do not depend on whether it was.
+An entry is found by the program, the compiler's version and flags and the machine's features. On a CPU a cached program
+is the one that would be compiled. On a GPU the compiler tries several kernels and keeps the fastest, so a program that
+is compiled anew may round otherwise than one from the cache; what the cache holds stays the same.
 """
 
 import os

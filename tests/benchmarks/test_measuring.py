@@ -51,12 +51,21 @@ def test_rows_as_json(capsys):
   step, memory = content["rows"]
   assert (step["ours"], step["other"], step["ratio"], step["target"]) == (2.0, 4.0, 0.5, 1.25)
   assert step["details"]["ours"] == {"median": 2.0, "quartiles": [1.5, 2.5], "seconds": [1.0, 3.0, 2.0]}
+  assert step["details"]["ratio_quartiles"] == [0.375, 0.625]  # of 1/4, 3/4 and 2/4: round by round
   assert step["details"]["batch_size"] == 4
   assert memory["ratio"] is None
   assert memory["unit"] == "MiB"
   assert content["other"] == "PyTorch"
   assert content["notes"] == ["a note"]
   assert content["machine"]["cores"] >= 1
+
+
+def test_the_peak_of_a_call_is_counted_from_its_begin():
+  def fill(mib):
+    np.ones(mib * 2**17)  # float64; freed at once, so that only the peak tells of it
+
+  assert 60 < measuring.peak_growth(lambda: fill(64)) < 80
+  assert measuring.peak_growth(lambda: fill(16)) < 30
 
 
 def test_rows_as_a_table(capsys):
