@@ -162,6 +162,36 @@ def border(mask: np.ndarray) -> np.ndarray:
   return mask & ~interior
 
 
+def class_boxes(classes: np.ndarray, *, num_classes: int) -> list[tuple[slice, ...] | None]:
+  """The bounding box of every foreground class, as `scipy.ndimage.find_objects` gives it.
+
+  Args:
+    classes: class ids in [0, num_classes), any shape.
+    num_classes: number of classes, background included.
+
+  Returns:
+    num_classes - 1 boxes, a slice an axis, of classes 1, 2, ...; None for an absent class.
+  """
+  if classes.dtype == bool:
+    classes = classes.view(np.uint8)
+  # find_objects goes voxel by voxel; maxima find the box of all foreground ten times faster, and what is left is small.
+  foreground, rest = [], classes
+  for axis in range(classes.ndim):
+    line = rest.reshape(rest.shape[0], -1).max(axis=1, initial=0)
+    present = np.flatnonzero(line)
+    if not len(present):
+      return [None] * (num_classes - 1)
+    foreground.append(slice(int(present[0]), int(present[-1]) + 1))
+    if axis < classes.ndim - 1:
+      rest = rest[foreground[-1]].max(axis=0, initial=0)
+  boxes = ndimage.find_objects(classes[tuple(foreground)], max_label=num_classes - 1)
+  starts = [span.start for span in foreground]
+  return [
+    box and tuple(slice(own.start + start, own.stop + start) for own, start in zip(box, starts, strict=True))
+    for box in boxes
+  ]
+
+
 def border_points(classes: np.ndarray, *, num_classes: int) -> list[np.ndarray]:
   """The border voxels of every foreground class, each searched within the class's bounding box only.
 
@@ -179,11 +209,8 @@ def border_points(classes: np.ndarray, *, num_classes: int) -> list[np.ndarray]:
   if classes.ndim not in (2, 3):
     raise ValueError(f"classes must be (row, column) or (slice, row, column), got shape {classes.shape}")
   check_class_ids(classes, num_classes=num_classes, name="classes")
-  if classes.dtype == bool:
-    classes = classes.view(np.uint8)
-  boxes = ndimage.find_objects(classes, max_label=num_classes - 1)
   points = []
-  for class_id, box in enumerate(boxes, start=1):
+  for class_id, box in enumerate(class_boxes(classes, num_classes=num_classes), start=1):
     if box is None:
       points.append(np.empty((0, classes.ndim), np.intp))
     else:

@@ -3,6 +3,8 @@
 import numpy as np
 from scipy import ndimage
 
+from selfreg_jax.evaluation import metrics
+
 
 def keep_largest_components(classes: np.ndarray, *, num_classes: int) -> tuple[np.ndarray, int]:
   """Keeps the largest connected component of every foreground class; what else there is becomes background.
@@ -19,7 +21,7 @@ def keep_largest_components(classes: np.ndarray, *, num_classes: int) -> tuple[n
   """
   kept = classes.copy()
   structure = np.ones((3,) * classes.ndim)
-  for class_id, box in enumerate(ndimage.find_objects(classes, max_label=num_classes - 1), start=1):
+  for class_id, box in enumerate(metrics.class_boxes(classes, num_classes=num_classes), start=1):
     if box is None:
       continue
     components, number = ndimage.label(classes[box] == class_id, structure)

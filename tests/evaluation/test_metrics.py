@@ -139,6 +139,15 @@ def test_border_is_one_erosion(shape):
   np.testing.assert_array_equal(metrics.border(mask), mask & ~ndimage.binary_erosion(mask))
 
 
+@pytest.mark.parametrize("shape", [(7, 9), (5, 7, 9), (4, 1, 3)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64])
+def test_boxes_are_those_of_find_objects(shape, dtype):
+  rng = np.random.default_rng(0)
+  for share in (0.0, 0.02, 0.5):
+    classes = np.where(rng.random(shape) < share, rng.integers(1, 5, shape), 0).astype(dtype)
+    assert metrics.class_boxes(classes, num_classes=6) == ndimage.find_objects(classes, max_label=5)
+
+
 def test_border_points_index_the_whole_array():
   classes = blobs(np.random.default_rng(1), (9, 10, 11), 4)
   classes[classes == 2] = 0
