@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -53,6 +53,18 @@ def model_taps(model: nn.Module) -> Taps:
       final="expand_final",
     )
   raise TypeError(f"the blocks of a {type(model).__name__} are not known here; name them with selfreg_jax.Taps")
+
+
+def block_names(taps: Taps) -> list[str]:
+  """The names that `named_maps` will give, as long as every module is called once."""
+
+  def names(side: str, stages: Sequence[str | Sequence[str]]) -> list[str]:
+    several = [not isinstance(paths, str) and len(paths) > 1 for paths in stages]
+    stems = [f"{side}_{i}" for i in range(1, len(stages) + 1)]
+    pairs = zip(stems, several, strict=True)
+    return [name for stem, two in pairs for name in ([f"{stem}/first", f"{stem}/last"] if two else [stem])]
+
+  return [*names("encoder", taps.encoder), *names("decoder", taps.decoder), "final"]
 
 
 def named_maps(features: Features) -> dict[str, Array]:
