@@ -21,7 +21,8 @@ if TYPE_CHECKING:
   from selfreg_jax.analysis.driver import Plan, RunAnalysis
 
 _PANEL, _GAP = 1.18, 0.07  # inches: the longer side of a picture, and between pictures
-_LEFT, _RIGHT, _TOP, _BOTTOM = 1.12, 0.75, 0.95, 0.95
+_RIGHT, _TOP = 0.75, 0.95
+_LEFTS = {1: 0.45, 2: 1.0}  # by the rows of a run, which are named where there are two
 _CAPTION = 0.36  # below a matrix
 _BETWEEN = 0.62  # between the parts of the figure; holds a heading
 _CURVES = 2.3
@@ -61,34 +62,34 @@ def draw(runs: Sequence["RunAnalysis"], summary: Mapping[str, Any], plan: "Plan"
   aspect = _aspect(case)
   width, height = _PANEL * min(1, 1 / aspect), _PANEL * min(1, aspect)
   lines = rows * len(runs)
+  left = _LEFTS[rows]
   page = _Page(
-    width=_LEFT + (leading + len(stages)) * (width + _GAP) - _GAP + _RIGHT,
-    height=_TOP + lines * (height + width + 2 * _GAP + _CAPTION) + _BETWEEN + _BETWEEN + _CURVES + _BOTTOM,
+    width=left + (leading + len(stages)) * (width + _GAP) - _GAP + _RIGHT,
+    height=_TOP + lines * (height + width + 2 * _GAP + _CAPTION) + 2 * _BETWEEN + _CURVES + (0.9 if rows > 1 else 0.5),
+    left=left,
   )
   page.title(plan)
   for column, stage in enumerate(stages):
-    x = _LEFT + (leading + column) * (width + _GAP) + width / 2
+    x = left + (leading + column) * (width + _GAP) + width / 2
     bottleneck = stage == [name for name in stages if name.startswith("encoder")][-1]
     page.text(x, _TOP - 0.12, stage.replace("_", " ") + ("\n(bottleneck)" if bottleneck else ""))
   y = _TOP
   for index, run in enumerate(runs):
     page.row_labels(y, height, rows, summary["runs"][index]["workdir"], _RUN_COLORS[index] if len(runs) > 1 else _TEXT)
-    _draw_images(page, run, case, (width, height), y, rows, aspect)
+    _draw_images(page, run, case, (width, height), y, rows)
     for name, cell in cells.items():
-      axes = page.axes(_LEFT + cell.column * (width + _GAP), y + cell.row * (height + _GAP), width, height)
-      _draw_heatmap(axes, run, name, case, plan.manifest.num_classes, aspect)
+      axes = page.axes(left + cell.column * (width + _GAP), y + cell.row * (height + _GAP), width, height)
+      _draw_heatmap(axes, run, name, case, plan.manifest.num_classes)
     y += rows * (height + _GAP)
   page.colorbar(_HEAT, "Grad-CAM", _TOP, y - _GAP - _TOP)
   y += _BETWEEN - 0.12
   start = y
-  page.text(
-    _LEFT + leading * (width + _GAP), y - 0.1, "correlation |r| of pairs of channels, over all cases", ha="left"
-  )
+  page.text(left + leading * (width + _GAP), y - 0.1, "correlation |r| of pairs of channels, over all cases", ha="left")
   for index, run in enumerate(runs):
     color = _RUN_COLORS[index] if len(runs) > 1 else _TEXT
     page.row_labels(y, width + _CAPTION, rows, summary["runs"][index]["workdir"], color)
     for name, cell in cells.items():
-      axes = page.axes(_LEFT + cell.column * (width + _GAP), y + cell.row * (width + _CAPTION + _GAP), width, width)
+      axes = page.axes(left + cell.column * (width + _GAP), y + cell.row * (width + _CAPTION + _GAP), width, width)
       _draw_matrix(axes, run.correlations[name], run.pooled, name)
     y += rows * (width + _CAPTION + _GAP)
   page.colorbar(_MATRIX, "|r|", start, y - _GAP - _CAPTION - start)
@@ -121,8 +122,8 @@ def _aspect(case: Any) -> float:
 class _Page:
   """A figure whose parts are placed in inches from the upper left corner."""
 
-  def __init__(self, width: float, height: float):
-    self.width, self.height = width, height
+  def __init__(self, width: float, height: float, left: float):
+    self.width, self.height, self.left = width, height, left
     self.drawing = figure.Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
 
   def axes(self, x: float, y: float, width: float, height: float) -> Axes:
@@ -148,7 +149,7 @@ class _Page:
     self.text(0.22, middle, name if len(name) <= 24 else name[:23] + "\N{HORIZONTAL ELLIPSIS}", **style_of_name)
     for row in range(rows if rows > 1 else 0):
       text = f"{_POSITIONS[row]}\nblock"
-      self.text(_LEFT - 0.12, y + row * (height + _GAP) + height / 2, text, color=_FAINT, fontsize=9, **style)
+      self.text(self.left - 0.12, y + row * (height + _GAP) + height / 2, text, color=_FAINT, fontsize=9, **style)
 
   def colorbar(self, name: str, label: str, y: float, height: float) -> None:
     axes = self.axes(self.width - _RIGHT + 0.14, y, 0.12, height)
@@ -168,19 +169,17 @@ def _displayed(run: "RunAnalysis", case: Any) -> tuple[np.ndarray, np.ndarray, n
   return turned[0], turned[1], turned[2]
 
 
-def _draw_images(
-  page: _Page, run: "RunAnalysis", case: Any, size: tuple[float, float], y: float, rows: int, aspect: float
-) -> None:
+def _draw_images(page: _Page, run: "RunAnalysis", case: Any, size: tuple[float, float], y: float, rows: int) -> None:
   image, truth, prediction = _displayed(run, case)
   for index, (title, classes, color) in enumerate((("truth", truth, _TRUTH), ("prediction", prediction, _PREDICTION))):
     column, row = (0, index) if rows == 2 else (index, 0)
-    axes = page.axes(_LEFT + column * (size[0] + _GAP), y + row * (size[1] + _GAP), *size)
+    axes = page.axes(page.left + column * (size[0] + _GAP), y + row * (size[1] + _GAP), *size)
     axes.imshow(image, cmap="gray", vmin=0, vmax=1, aspect="auto")
     _outline(axes, classes, int(max(truth.max(), prediction.max())) + 1, color)
     axes.text(0.03, 0.97, title, color=color, fontsize=8.5, fontweight="bold", va="top", transform=axes.transAxes)
 
 
-def _draw_heatmap(axes: Axes, run: "RunAnalysis", name: str, case: Any, num_classes: int, aspect: float) -> None:
+def _draw_heatmap(axes: Axes, run: "RunAnalysis", name: str, case: Any, num_classes: int) -> None:
   image, truth, _ = _displayed(run, case)
   heat = report.radiological(run.example.heatmaps[name], case.axcodes)[..., None]
   grey = image.mean(axis=-1, keepdims=True) if image.ndim == 3 else image[..., None]
@@ -206,8 +205,10 @@ def _draw_matrix(axes: Axes, matrix: np.ndarray, pooled: Mapping[Any, float], na
   axes.set_xticks([])
   axes.set_yticks([])
   constant = int(pooled[name, "constant_channels", ""])
-  text = f"mean |r| {pooled[name, 'mean_abs_correlation', '']:.2f}\n"
-  text += f"rank {pooled[name, 'effective_rank', '']:.1f} of {len(matrix) - constant}"
+  mean, rank = (pooled[name, quantity, ""] for quantity in ("mean_abs_correlation", "effective_rank"))
+  text = "constant" if np.isnan(rank) else f"rank {rank:.1f} of {len(matrix) - constant}"
+  if not np.isnan(mean):
+    text = f"mean |r| {mean:.2f}\n{text}"
   axes.text(0.5, -0.03, text, fontsize=8, color=_TEXT, ha="center", va="top", transform=axes.transAxes)
 
 
@@ -230,7 +231,7 @@ def _draw_curves(page: _Page, y: float, names: Sequence[str], summary: Mapping[s
       if area is not None:
         axes.axhline(100 * area, color=_FAINT, linestyle=":", linewidth=1.2)
         style = {"transform": axes.get_yaxis_transform(), "fontsize": 7.5, "color": _FAINT, "va": "bottom"}
-        axes.text(0.01, 100 * area, "the organs' share of the image", **style)
+        axes.text(0.01, 100 * area, "even map", **style)
       axes.set_ylim(bottom=0)
     axes.set_xticks(range(len(names)), [_short(name) for name in names], rotation=60 if len(names) > 9 else 30,
                     ha="right", rotation_mode="anchor")  # fmt: skip

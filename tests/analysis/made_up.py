@@ -11,12 +11,24 @@ from selfreg_jax.training.checkpoints import CheckpointWriter
 from tests.conftest import make_small_config
 
 
-def random_variables(model, images, **arguments):
-  """Variables of a module without the time that its own initialization takes; batch statistics all 1."""
-  shapes, rng = jax.eval_shape(lambda: model.init(jax.random.key(0), images, **arguments)), np.random.default_rng(1)
-  params = jax.tree.map(lambda leaf: rng.normal(0, 0.4, leaf.shape).astype(leaf.dtype), shapes["params"])
-  ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes.get("batch_stats", {}))
-  return {"params": params, "batch_stats": ones}
+def random_variables(model, images, *, seed=1, **arguments):
+  """Variables of a module without the time that its own initialization takes; all of its blocks are alive."""
+  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, **arguments))
+  return filled({"params": shapes["params"], "batch_stats": shapes.get("batch_stats", {})}, seed)
+
+
+def filled(shapes, seed):
+  """Random variables of these shapes: He's deviations, norms that do nothing yet."""
+  rng = np.random.default_rng(seed)
+
+  def fill(path, leaf):
+    if path[0].key == "batch_stats":
+      return np.full(leaf.shape, path[-1].key == "var", leaf.dtype)
+    if leaf.ndim == 1:
+      return np.full(leaf.shape, path[-1].key == "scale", leaf.dtype)
+    return rng.normal(0, np.sqrt(2 / np.prod(leaf.shape[:-1])), leaf.shape).astype(leaf.dtype)
+
+  return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
 def write_random_run(data, workdir, *, seed=0, network="unet"):
@@ -27,11 +39,7 @@ def write_random_run(data, workdir, *, seed=0, network="unet"):
     config.model.embed_dim, config.model.depths, config.model.heads, config.model.window = 4, (2, 2), (1, 2), 4
   info = DatasetInfo.of(manifests.load(data))
   model = build_model(config.model, len(info.classes))
-  shapes, rng = abstract_variables(model, config.data.image_size, info.channels), np.random.default_rng(seed)
-  variables = {
-    "params": jax.tree.map(lambda leaf: rng.normal(0, 0.4, leaf.shape).astype(leaf.dtype), shapes["params"]),
-    "batch_stats": jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes["batch_stats"]),
-  }
+  variables = filled(abstract_variables(model, config.data.image_size, info.channels), seed)
   workdir.mkdir(parents=True)
   with CheckpointWriter(workdir) as writer:
     writer.save_weights(variables, config, info)
