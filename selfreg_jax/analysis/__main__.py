@@ -64,7 +64,7 @@ def analyze() -> None:
     say=lambda line: progress.print(line, markup=False, highlight=False),
   )
   tables.print_summary(summary, Console(width=None if sys.stdout.isatty() else 100))
-  print(f"results     {_OUTPUT.value}/analysis.png, analysis.pdf, report.html, analysis.json, analysis.csv")
+  print(f"results     {_OUTPUT.value}/analysis.png, analysis.pdf, analysis.html, analysis.json, analysis.csv")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from selfreg_jax.models.factory import build_model
 from selfreg_jax.training.checkpoints import choose, load_trained
 
 # The last one is written last: where it is, the rest belongs to it.
-RESULTS = ("analysis.csv", "correlations.npz", "analysis.png", "analysis.pdf", "report.html", "analysis.json")
+RESULTS = ("analysis.csv", "correlations.npz", "analysis.png", "analysis.pdf", "analysis.html", "analysis.json")
 
 Say = Callable[[str], None]
 
@@ -112,7 +112,7 @@ def analyze_workdirs(
   """Analyses the networks of one run or of two, which are then compared.
 
   Writes, into the output folder: `analysis.json`, `analysis.csv`, `correlations.npz`, `analysis.png`, `analysis.pdf`
-  and `report.html`; and adds a section to the report of the first run's evaluation on the same split, now if there is
+  and `analysis.html`; and adds a section to the report of the first run's evaluation on the same split, now if there is
   one and whenever it is evaluated.
 
   Args:
@@ -139,7 +139,7 @@ def analyze_workdirs(
     (staging / "analysis.csv").write_text(_csv(runs), encoding="utf-8")
     np.savez_compressed(staging / "correlations.npz", **_matrices(runs))
     content = section.render(summary, pictures["png"])
-    section.write_page(staging / "report.html", content, summary)
+    section.write_page(staging / "analysis.html", content, summary)
     report.write_summary(staging / "analysis.json", summary)
   say(section.register(plan.workdirs[0], content, summary))
   return summary
@@ -253,24 +253,24 @@ def _analyze(workdir: pathlib.Path, plan: Plan, request: Request, say: Say) -> R
     return arrays.image(case), arrays.label(case)
 
   clock = _Clock(say)
-  parts = []
+  total = measurer.no_moments()
   for number, (case_id, slices) in enumerate(plan.probe_slices.items(), 1):
-    parts = [measuring.merged([*parts, measurer.moments(*load(case_id), slices, scale=manifest.scale)])]
+    total = measuring.merged([total, measurer.moments(*load(case_id), slices, scale=manifest.scale)])
     clock.tell(f"probe {number}/{len(plan.probe_slices)} {case_id}: {len(slices)} slices")
-  probes = measuring.fit_probes(measurer.blocks, parts[0], manifest.num_classes)
+  probes = measuring.fit_probes(measurer.blocks, total, manifest.num_classes)
 
-  values, parts = {}, []
+  values, total = {}, measurer.no_moments()
   for number, (case_id, slices) in enumerate(plan.slices.items(), 1):
     found = measurer.measure(*load(case_id), slices, probes, scale=manifest.scale)
     values[case_id] = found.values
-    parts = [measuring.merged([*parts, found.moments])]
+    total = measuring.merged([total, found.moments])
     clock.tell(f"{number}/{len(plan.slices)} {case_id}: {len(slices)} slices, {_caption(found.values)}")
   case_id, index = plan.example
   example = measurer.explain(*load(case_id), index, probes, plan.show, scale=manifest.scale)
   pooled: dict[Key, float] = {}
   correlations = {}
   for block in measurer.blocks:
-    moments = parts[0][block.name]
+    moments = total[block.name]
     pooled |= measuring.block_values(block, moments, probes[block.name], manifest.classes)
     correlations[block.name] = correlation(moments.select(slice(0, block.channels)))
   return RunAnalysis(
@@ -299,7 +299,7 @@ class _Clock:
 
 
 def _caption(values: Mapping[Key, float]) -> str:
-  share = values["final", "cam_in_organ", measuring.ALL]
+  share = values["final", "cam_inside", measuring.ALL]
   return f"Grad-CAM of the final block {100 * share:.0f} % inside"
 
 

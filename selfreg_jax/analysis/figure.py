@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
-from matplotlib import figure
+from matplotlib import figure, patheffects
 from matplotlib.axes import Axes
 
 from selfreg_jax.analysis.measuring import ALL, MEAN
@@ -26,6 +26,8 @@ _LEFTS = {1: 0.45, 2: 1.0}  # by the rows of a run, which are named where there 
 _CAPTION = 0.36  # below a matrix
 _BETWEEN = 0.62  # between the parts of the figure; holds a heading
 _CURVES = 2.3
+_NARROWEST = 9.5  # inches that the curves' titles need
+_LETTER, _SMALLEST = 0.0095, 7  # width of a bold letter in inches for each point of its size; points
 _DPI = 150
 _TEXT, _FAINT = "#16191d", "#5c656f"
 _RUN_COLORS = ("#0072B2", "#D55E00")
@@ -64,7 +66,7 @@ def draw(runs: Sequence["RunAnalysis"], summary: Mapping[str, Any], plan: "Plan"
   lines = rows * len(runs)
   left = _LEFTS[rows]
   page = _Page(
-    width=left + (leading + len(stages)) * (width + _GAP) - _GAP + _RIGHT,
+    width=max(left + (leading + len(stages)) * (width + _GAP) - _GAP + _RIGHT, _NARROWEST),
     height=_TOP + lines * (height + width + 2 * _GAP + _CAPTION) + 2 * _BETWEEN + _CURVES + (0.9 if rows > 1 else 0.5),
     left=left,
   )
@@ -142,11 +144,15 @@ class _Page:
     self.text(0.12, 0.32, text, ha="left", fontsize=12, fontweight="bold")
 
   def row_labels(self, y: float, height: float, rows: int, workdir: str, color: str) -> None:
-    name = workdir.rstrip("/").rpartition("/")[2]
+    room = rows * (height + _GAP) - _GAP
+    # As large as there is room for along the rows, and cut where that would be too small to read.
+    name = _folder_name(workdir)
+    letters = int(room / (_LETTER * _SMALLEST))
+    name = name if len(name) <= letters else name[: letters - 1] + "\N{HORIZONTAL ELLIPSIS}"
+    size = min(10, room / (_LETTER * len(name)))
     style = {"ha": "right", "va": "center"}
-    middle = y + (rows * (height + _GAP) - _GAP) / 2
-    style_of_name = style | {"rotation": 90, "fontsize": 10, "fontweight": "bold", "color": color, "ha": "center"}
-    self.text(0.22, middle, name if len(name) <= 24 else name[:23] + "\N{HORIZONTAL ELLIPSIS}", **style_of_name)
+    style_of_name = style | {"rotation": 90, "fontsize": size, "fontweight": "bold", "color": color, "ha": "center"}
+    self.text(0.22, y + room / 2, name, **style_of_name)
     for row in range(rows if rows > 1 else 0):
       text = f"{_POSITIONS[row]}\nblock"
       self.text(self.left - 0.12, y + row * (height + _GAP) + height / 2, text, color=_FAINT, fontsize=9, **style)
@@ -176,7 +182,9 @@ def _draw_images(page: _Page, run: "RunAnalysis", case: Any, size: tuple[float, 
     axes = page.axes(page.left + column * (size[0] + _GAP), y + row * (size[1] + _GAP), *size)
     axes.imshow(image, cmap="gray", vmin=0, vmax=1, aspect="auto")
     _outline(axes, classes, int(max(truth.max(), prediction.max())) + 1, color)
-    axes.text(0.03, 0.97, title, color=color, fontsize=8.5, fontweight="bold", va="top", transform=axes.transAxes)
+    style = {"fontsize": 8.5, "fontweight": "bold", "va": "top", "transform": axes.transAxes}
+    style["path_effects"] = [patheffects.withStroke(linewidth=2, foreground="black")]  # over bright images too
+    axes.text(0.03, 0.97, title, color=color, **style)
 
 
 def _draw_heatmap(axes: Axes, run: "RunAnalysis", name: str, case: Any, num_classes: int) -> None:
@@ -188,7 +196,7 @@ def _draw_heatmap(axes: Axes, run: "RunAnalysis", name: str, case: Any, num_clas
   axes.imshow(np.clip((1 - opacity) * grey + opacity * colors, 0, 1), aspect="auto")
   _outline(axes, truth, num_classes, _TRUTH)
   if not heat.any():
-    axes.text(0.5, 0.5, "no evidence", color="white", fontsize=8.5, ha="center", transform=axes.transAxes)
+    axes.text(0.5, 0.06, "no evidence", color="white", fontsize=8.5, ha="center", transform=axes.transAxes)
 
 
 def _outline(axes: Axes, classes: np.ndarray, num_classes: int, color: str) -> None:
@@ -214,7 +222,7 @@ def _draw_matrix(axes: Axes, matrix: np.ndarray, pooled: Mapping[Any, float], na
 
 def _draw_curves(page: _Page, y: float, names: Sequence[str], summary: Mapping[str, Any]) -> None:
   plots = (
-    ("Grad-CAM energy inside the organs, %", "cam_in_organ", ALL, 100.0),
+    ("Grad-CAM energy inside the foreground, %", "cam_inside", ALL, 100.0),
     ("linear probe: R² of the classes", "probe_r2", MEAN, 1.0),
     ("mean |r| of pairs of channels", "mean_abs_correlation", "", 1.0),
   )
@@ -225,9 +233,9 @@ def _draw_curves(page: _Page, y: float, names: Sequence[str], summary: Mapping[s
     axes.set_title(title, fontsize=10, color=_TEXT)
     for number, run in enumerate(summary["runs"]):
       rows = [find(run["values"], name, quantity, class_name) for name in names]
-      _curve(axes, rows, factor, _RUN_COLORS[number], run["workdir"].rstrip("/").rpartition("/")[2], number)
-    if quantity == "cam_in_organ":
-      area = find(summary["runs"][0]["values"], "", "organ_area", class_name)["mean"]
+      _curve(axes, rows, factor, _RUN_COLORS[number], _folder_name(run["workdir"]), number)
+    if quantity == "cam_inside":
+      area = find(summary["runs"][0]["values"], "", "class_area", class_name)["mean"]
       if area is not None:
         axes.axhline(100 * area, color=_FAINT, linestyle=":", linewidth=1.2)
         style = {"transform": axes.get_yaxis_transform(), "fontsize": 7.5, "color": _FAINT, "va": "bottom"}
@@ -249,6 +257,10 @@ def _curve(axes: Axes, rows: Sequence[Mapping[str, Any]], factor: float, color: 
   x = np.arange(len(rows)) + 0.08 * number  # so that the intervals of two runs do not hide each other
   axes.plot(x, means, marker="o", markersize=3.5, linewidth=1.5, color=color, label=label)
   axes.vlines(x, bounds[:, 0], bounds[:, 1], color=color, linewidth=1, alpha=0.7)
+
+
+def _folder_name(workdir: str) -> str:
+  return workdir.rstrip("/").rpartition("/")[2]
 
 
 def _short(name: str) -> str:

@@ -1,6 +1,7 @@
 """All measures of a trained network's blocks on the slices of a case, in one program for every batch."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -131,6 +132,10 @@ class Measurer:
     maps = self._network.maps(outputs)
     return [Block(name, maps[name].shape[1:3], maps[name].shape[3]) for name in in_order(maps)]
 
+  def no_moments(self) -> BlockMoments:
+    """Those of no slices, to which others are added."""
+    return {block.name: Moments.zero(block.channels + len(self._classes)) for block in self.blocks}
+
   def moments(self, image: np.ndarray, labels: np.ndarray, slices: Sequence[int], *, scale: float) -> BlockMoments:
     """Joint moments of channels and classes' shares over slices of a case, to fit probes to.
 
@@ -258,7 +263,7 @@ class Measurer:
     present = area > 0
     names = (ALL, *self._classes[1:])
     for name, share in zip(names, _mean_where(area, present), strict=True):
-      values["", "organ_area", name] = float(share)
+      values["", "class_area", name] = float(share)
     for block in self.blocks:
       values |= block_values(block, moments[block.name], probes[block.name], self._classes)
       inside, lit = (slices([getattr(part, field)[block.name] for part in parts]) for field in ("inside", "lit"))
@@ -266,7 +271,7 @@ class Measurer:
       counts = np.sum([part.overlap[block.name] for part in parts], axis=0)
       dice = alignment.dice_of_counts(counts)
       for index, name in enumerate(names):
-        values[block.name, "cam_in_organ", name] = float(shares[index])
+        values[block.name, "cam_inside", name] = float(shares[index])
         values[block.name, "cam_empty", name] = float(dark[index])
       for name, value in _with_mean(dice, self._classes).items():
         values[block.name, "probe_dice", name] = value
@@ -291,10 +296,10 @@ def fit_probes(blocks: Sequence[Block], moments: BlockMoments, num_classes: int)
 
 def merged(parts: Sequence[BlockMoments]) -> BlockMoments:
   """Moments of several batches or cases together, block by block."""
-  total = {name: Moments.zero(len(moments.mean)) for name, moments in parts[0].items()}
-  for part in parts:
-    total = {name: moments.merge(part[name]) for name, moments in total.items()}
-  return total
+  return {
+    name: functools.reduce(Moments.merge, (part[name] for part in parts), Moments.zero(len(first.mean)))
+    for name, first in parts[0].items()
+  }
 
 
 def _single_precision(probes: Mapping[str, Probe]) -> dict[str, Probe]:

@@ -17,18 +17,18 @@ from selfreg_jax.evaluation import html_report, scoring, sections
 _NAME = "analysis"
 _TITLE = "What the blocks look at and hold"
 _EXPLANATION = (
-  "Grad-CAM: where what a block says for a class lies; its energy inside the organs is better than chance where it is "
-  "above their share of the image. |r|: mean absolute correlation of pairs of channels. Effective rank: how many "
-  "channels' worth of independent variation a map has. Probe: how well a linear read-out of the block's channels, "
-  "fitted to training cases, explains the classes at the map's resolution. Means over cases, with 95 % bootstrap "
-  "intervals."
+  "Grad-CAM: where what a block says for a class lies; its energy inside the foreground is better than chance where it "
+  "is above the share of the image that the foreground takes. |r|: mean absolute correlation of pairs of channels. "
+  "Effective rank: how many channels' worth of independent variation a map has. Probe: how well a linear read-out of "
+  "the block's channels, fitted to training cases, explains the classes at the map's resolution. Means over cases, "
+  "with 95 % bootstrap intervals."
 )
 
 # (quantity, class, title, factor) of the columns.
 COLUMNS = (
   ("mean_abs_correlation", "", "mean |r|", 1.0),
   ("effective_rank", "", "effective rank", 1.0),
-  ("cam_in_organ", ALL, "Grad-CAM inside %", 100.0),
+  ("cam_inside", ALL, "Grad-CAM inside %", 100.0),
   ("probe_r2", MEAN, "probe R²", 1.0),
   ("probe_dice", MEAN, "probe Dice %", 100.0),
 )

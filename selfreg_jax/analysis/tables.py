@@ -30,7 +30,7 @@ def _table(title: str, blocks: list[Mapping[str, Any]], rows: list[dict[str, Any
   result = table.Table(title=text.Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
   result.add_column("block", no_wrap=True)
   for _, _, heading, _ in COLUMNS:
-    result.add_column(heading, justify="right", no_wrap=signed)
+    result.add_column(heading, justify="right", no_wrap=True)
   for block in blocks:
     found = [(find(rows, block["name"], quantity, class_name), factor) for quantity, class_name, _, factor in COLUMNS]
     result.add_row(block["name"], *(_cell(row, name, factor, signed) for row, factor in found))
@@ -45,5 +45,5 @@ def _cell(row: Mapping[str, Any], name: str, factor: float, signed: bool) -> str
   if not signed:
     return f"{factor * value:.{digits}f}"
   spread = row["interval"]
-  interval = "" if spread is None else f" [{', '.join(f'{factor * bound:+.{digits}f}' for bound in spread)}]"
+  interval = "" if spread is None else f"\n[{', '.join(f'{factor * bound:+.{digits}f}' for bound in spread)}]"
   return f"{factor * value:+.{digits}f}{interval}"

@@ -93,7 +93,7 @@ def in_order(names: Iterable[str]) -> list[str]:
   return sorted(names, key=order)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class TappedNetwork:
   """A network whose blocks' outputs can be read, and perturbed, in one forward pass.
 

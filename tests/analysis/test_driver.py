@@ -1,12 +1,14 @@
 import csv
+import io
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
-from selfreg_jax.analysis import driver, grad_cam
+from selfreg_jax.analysis import driver, grad_cam, tables
 from selfreg_jax.analysis.measuring import ALL, MEAN
 from selfreg_jax.analysis.statistics import find
 from selfreg_jax.analysis.taps import TappedNetwork
@@ -99,9 +101,9 @@ def test_values_of_a_case_are_those_of_its_own_slices(analysed, runs, prepared):
       lit = present & (heat.sum(axis=(1, 2)) > 0)
       shares = (heat * inside).sum(axis=(1, 2))[lit] / heat.sum(axis=(1, 2))[lit]
       share = shares.mean() if lit.any() else np.nan
-      assert found[block, "cam_in_organ", class_name] == pytest.approx(share, abs=1e-3, nan_ok=True)
+      assert found[block, "cam_inside", class_name] == pytest.approx(share, abs=1e-3, nan_ok=True)
       assert found[block, "cam_empty", class_name] == pytest.approx(1 - lit.sum() / present.sum())
-  assert found["", "organ_area", "square"] == pytest.approx((labels == 2).mean())
+  assert found["", "class_area", "square"] == pytest.approx((labels == 2).mean())
 
 
 def test_probes_are_fitted_to_training_cases_and_scored_on_others(analysed, runs, prepared):
@@ -136,7 +138,7 @@ def test_probes_are_fitted_to_training_cases_and_scored_on_others(analysed, runs
 
 def test_the_run_is_told_of_its_analysis_and_the_page_stands_alone(analysed, runs):
   output, summary, lines = analysed
-  page = (output / "report.html").read_text()
+  page = (output / "analysis.html").read_text()
   assert "data:image/png;base64," in page
   assert "Paired difference" in page
   assert "{{" not in page
@@ -176,3 +178,14 @@ def test_slices_are_spread_over_those_with_foreground(prepared):
   assert driver.choose_slices(case, 3) == [15, 20, 25]
   object.__setattr__(case, "foreground_slices", ())
   assert driver.choose_slices(case, 4) == [0, 1, 2, 3]
+
+
+def test_tables_fit_a_terminal_of_a_hundred_columns(analysed):
+  _, summary, _ = analysed
+  console = Console(width=100, record=True, file=io.StringIO())
+  tables.print_summary(summary, console)
+  text = console.export_text()
+  assert "\N{HORIZONTAL ELLIPSIS}" not in text.replace(summary["runs"][0]["workdir"], "")
+  row = find(summary["comparison"], "encoder_2", "effective_rank")
+  assert f"{row['difference']:+.2f}" in text
+  assert f"[{row['interval'][0]:+.2f}, {row['interval'][1]:+.2f}]" in text

@@ -27,9 +27,9 @@ def made_up(network, number, *, size=16):
   truth[4:9, 5:12] = 1
   runs, entries = [], []
   for index in range(number):
-    keys = [("", "organ_area", ALL)]
+    keys = [("", "class_area", ALL)]
     for name in names:
-      keys += [(name, "cam_in_organ", ALL), (name, "probe_r2", MEAN)]
+      keys += [(name, "cam_inside", ALL), (name, "probe_r2", MEAN)]
       keys += [(name, quantity, "") for quantity in ("mean_abs_correlation", "effective_rank", "constant_channels")]
     values = {f"c{n}": {key: rng.random() for key in keys} for n in range(3)}
     heatmaps = {name: rng.random((size, size)) for name in names} | {"final": np.zeros((size, size))}
