@@ -215,8 +215,7 @@ def choose_slices(case: Case, most: int) -> list[int]:
   candidates = case.foreground_slices or range(case.shape[0])
   if most >= len(candidates):
     return list(candidates)
-  places = np.linspace(0, len(candidates) - 1, most + 2)[1:-1]
-  return [candidates[place] for place in places.round().astype(int)]
+  return [candidates[(2 * place + 1) * len(candidates) // (2 * most)] for place in range(most)]
 
 
 def _choose_example(cases: Sequence[Case], arrays: CaseArrays, request: Request) -> tuple[str, int]:

@@ -175,7 +175,11 @@ def test_slices_are_spread_over_those_with_foreground(prepared):
   assert driver.choose_slices(case, 99) == list(case.foreground_slices)
   case = manifests.load(prepared).cases["6"]
   object.__setattr__(case, "foreground_slices", tuple(range(10, 31)))
-  assert driver.choose_slices(case, 3) == [15, 20, 25]
+  assert driver.choose_slices(case, 3) == [13, 20, 27]
+  for most in range(1, 21):
+    chosen = driver.choose_slices(case, most)
+    assert len(set(chosen)) == most
+    assert most < 3 or np.ptp(np.diff(chosen)) <= 1
   object.__setattr__(case, "foreground_slices", ())
   assert driver.choose_slices(case, 4) == [0, 1, 2, 3]
 
