@@ -47,14 +47,17 @@ def render(summary: Mapping[str, Any], picture: bytes) -> str:
     f'<img src="data:image/png;base64,{encoded}" style="max-width:100%;height:auto" alt="Grad-CAM, correlations and '
     f'curves over the blocks; the numbers are in the tables">',
   ]
-  for run in summary["runs"]:
-    step = run["checkpoint"]["step"]
-    parts.append(f"<h3>{html.escape(run['workdir'])}, step {step}</h3>")
-    parts.append(_table(run["blocks"], run["values"], "mean", signed=False))
+  tables = [
+    (f"{run['workdir']}, step {run['checkpoint']['step']}", _table(run["blocks"], run["values"], "mean", signed=False))
+    for run in summary["runs"]
+  ]
   if summary["comparison"] is not None:
-    names = [html.escape(run["workdir"]) for run in summary["runs"]]
-    parts.append(f"<h3>Paired difference: {names[0]} less {names[1]}</h3>")
-    parts.append(_table(summary["runs"][0]["blocks"], summary["comparison"], "difference", signed=True))
+    ours, other = (run["workdir"] for run in summary["runs"])
+    differences = _table(summary["runs"][0]["blocks"], summary["comparison"], "difference", signed=True)
+    tables.append((f"Paired difference: {ours} less {other}", differences))
+  parts.append('<div class="tables">')
+  parts += [f"<div><h3>{html.escape(title)}</h3>{table}</div>" for title, table in tables]
+  parts.append("</div>")
   return "".join(parts)
 
 
