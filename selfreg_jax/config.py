@@ -25,6 +25,7 @@ HARMLESS = (
   "train.on_nonfinite",  # no number of a run that was finite so far
   "train.most_skips",
   "train.log_every",
+  "train.analyze_every",
   "eval.batch_size",
 )
 
@@ -100,6 +101,9 @@ def base_config(network: str = "unet") -> ConfigDict:
   train.on_nonfinite = "stop"
   train.most_skips = 5
   train.log_every = 50  # steps between lines of metrics; in between nothing is read from the device
+  # Steps between measurements of how much the channels of each block repeat each other, on a few validation slices
+  # (selfreg_jax.analysis looks at more, afterwards); 0: never.
+  train.analyze_every = 0
 
   config.eval = evaluation = ConfigDict()
   evaluation.batch_size = 24  # slices of a batch in validation and evaluation, rounded up to a multiple of the devices
@@ -229,6 +233,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
   "train.on_nonfinite": _one_of("stop", "skip"),
   "train.most_skips": _AT_LEAST_1,
   "train.log_every": _AT_LEAST_1,
+  "train.analyze_every": _NOT_NEGATIVE,
   "eval.batch_size": _AT_LEAST_1,
 }
 

@@ -71,6 +71,18 @@ def test_mistakes_in_evaluation_are_told_in_a_message(flags, messages):
   assert_user_mistake(run("eval.py", *flags), *messages)
 
 
+@pytest.mark.parametrize(
+  ("flags", "messages"),
+  [
+    (["--workdir=nowhere"], ["--workdir=RUN", "--output=DIR"]),
+    (["--workdir=nowhere", "--output=x"], ["nowhere: not the workdir"]),
+    (["--workdir=nowhere", "--output=x", "--split=train"], ["test", "val"]),
+  ],
+)
+def test_mistakes_in_analysis_are_told_in_a_message(flags, messages):
+  assert_user_mistake(run("-m", "selfreg_jax.analysis", *flags), *messages)
+
+
 def test_weights_of_the_authors_predict_as_their_code_does(golden, tmp_path):
   """PyTorch file -> workdir -> NIfTI in, NIfTI out, through the commands."""
   arrays = golden("volume_protocol")

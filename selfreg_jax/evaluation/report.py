@@ -339,7 +339,7 @@ def overlay_panel(
   height, width = (max(np.shape(image)[axis] for image in images) for axis in (0, 1))
   panel = np.full((len(images) * (height + gap) - gap, 3 * (width + gap) - gap, 3), 40, np.uint8)
   for n, (image, truth, prediction) in enumerate(zip(images, truths, predictions, strict=True)):
-    image = _displayable(np.asarray(image)[None])[0]
+    image = displayable(np.asarray(image)[None])[0]
     nothing = np.zeros(image.shape[:2], np.uint8)
     for column, (name, classes) in enumerate((("input", nothing), ("truth", truth), ("prediction", prediction))):
       classes = np.asarray(classes)
@@ -357,7 +357,7 @@ def _check_classes(classes: np.ndarray, image: np.ndarray, num_classes: int, *, 
   metrics.check_class_ids(classes, num_classes=num_classes, name=name)
 
 
-def _displayable(image: np.ndarray) -> np.ndarray:
+def displayable(image: np.ndarray) -> np.ndarray:
   """Image slices as floats in [0, 1]; values beyond are stretched from their 0.5th to their 99.5th percentile.
 
   Args:
@@ -431,7 +431,7 @@ def overlay_case(
 
   indices = list(chosen)
   chosen_slices = image[indices] if scale == 1 else image[indices] * np.float32(scale)
-  images = [turn.apply(array) for array in _displayable(chosen_slices)]
+  images = [turn.apply(array) for array in displayable(chosen_slices)]
   predictions = [turn.apply(prediction[index]) for index in indices]
   truths = None if truth is None else [turn.apply(truth[index]) for index in indices]
   height, width = images[0].shape[:2]

@@ -20,6 +20,7 @@ from selfreg_jax import config as configs
 from selfreg_jax import mesh as meshes
 from selfreg_jax import processes
 from selfreg_jax import workdir as workdirs
+from selfreg_jax.analysis.monitor import Monitor
 from selfreg_jax.data import augment, pipeline
 from selfreg_jax.data.manifest import Manifest
 from selfreg_jax.errors import FaultError
@@ -107,6 +108,7 @@ def train_and_evaluate(
     train_step = build_train_step(config, model, optimizer, mesh, scale=manifest.scale)
     tables = meshes.replicate(augment.ResizeTables.build(plan.dataset.shapes, config.data.image_size), mesh)
     validation = Validation(config, manifest, make_apply(model), mesh)
+    monitor = Monitor(config, manifest, model, mesh)
     vote = processes.StopVote(mesh)
     make_logger = RunLogger if processes.is_first() else SilentLogger
     with processes.together(), workdirs.must_be_writable(folder):
@@ -172,13 +174,16 @@ def train_and_evaluate(
         stopping = vote(bool(stop)) and done < plan.steps  # asked once: a signal that comes later finds the next step
         validates = plan.validates_at(done)
         due = bool(config.train.checkpoint_every) and done % config.train.checkpoint_every == 0
-        if validates or stopping or due or done % config.train.log_every == 0:
+        analyses = bool(config.train.analyze_every) and done % config.train.analyze_every == 0
+        if validates or stopping or due or analyses or done % config.train.log_every == 0:
           record_training(logger, accumulator, state, done, schedule, explain)
+        if analyses and not stopping:
+          monitor.run(logger, state, done)
         if validates and not stopping:
           validate(done)
         elif due and not stopping:
           saver.save(state, best, None)
-        if validates or due:
+        if validates or due or analyses:
           accumulator.restart()
         if stopping:
           leave(done, saved=False)
