@@ -298,7 +298,8 @@ def _joint_problems(config: ConfigDict) -> Iterator[str]:
   if config.model.deep_supervision != (config.loss.deep_supervision_weight > 0):
     yield (
       f"model.deep_supervision = {config.model.deep_supervision} does not go with "
-      f"config.loss.deep_supervision_weight = {config.loss.deep_supervision_weight}: the heads need a weight above 0, and the weight needs the heads"
+      f"config.loss.deep_supervision_weight = {config.loss.deep_supervision_weight}: the heads need a weight above 0, "
+      "and the weight needs the heads"
     )
   yield from {"unet": _unet_problems, "swin_unet": _swin_unet_problems}[config.model.name](config)
   optimizer = config.optimizer

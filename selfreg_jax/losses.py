@@ -135,9 +135,9 @@ def internal_feature_distillation(
 
   The channels are sorted by descending score; the first floor(C / 2) are the top, the next floor(C / 2) the bottom, and
   IFD = mean(|top - bottom|^p) pairs them in that order. Gradients flow through both halves, as in the authors' code, or
-  through the bottom alone, as the paper's text has it; never through the order. For an odd C the channel with the lowest
-  score has no partner and is left out. Two channels whose scores differ by rounding only may swap places and move the
-  value by about 1e-3 relative.
+  through the bottom alone, as the paper's text has it; never through the order. For an odd C the channel with the
+  lowest score has no partner and is left out. Two channels whose scores differ by rounding only may swap places and
+  move the value by about 1e-3 relative.
 
   Args:
     feature_map: (B, h, w, C) floating-point map, C >= 2.
