@@ -22,7 +22,7 @@ from selfreg_jax.data import augment, pipeline
 from selfreg_jax.errors import UserError
 from selfreg_jax.evaluation.inference import make_apply
 from selfreg_jax.training import checkpoints
-from selfreg_jax.training.checkpoints import CheckpointWriter
+from selfreg_jax.training.checkpoints import CheckpointWriter, DamagedError
 from selfreg_jax.training.feed import Feed
 from selfreg_jax.training.logging import RunLogger
 from selfreg_jax.training.loop import (
@@ -35,8 +35,8 @@ from selfreg_jax.training.loop import (
   record_training,
 )
 from selfreg_jax.training.plan import Plan, make_plan
-from selfreg_jax.training.signals import TrainingInterruptedError, stop_requests
-from selfreg_jax.training.start import Start, begin
+from selfreg_jax.training.signals import StopRequest, TrainingInterruptedError, stop_requests
+from selfreg_jax.training.start import Start, begin, check_same_run
 from selfreg_jax.training.step import StackedMetrics, TrainState
 from selfreg_jax.training.validation import Validation, ValidationInterruptedError
 
@@ -72,6 +72,7 @@ def train_group(
   """
   for runs in resumable_parts(group.runs, folder_of):
     plans = _plans(runs, folder_of, devices[0])
+    _check_same_runs(plans, [folder_of(run) for run in runs])
     for program in _fitting_programs(runs, plans[0], devices, memory_limit, console):
       chosen = [plans[runs.index(run)] for run in program.group.runs]
       _train(program, chosen, [folder_of(run) for run in program.group.runs], console)
@@ -98,6 +99,14 @@ def _plans(runs: Sequence[Run], folder_of: FolderOf, device: jax.Device) -> list
   """A plan for each run; the dataset, which is the same for all, is read and checked once."""
   first = make_plan(runs[0].config, folder_of(runs[0]), [device])
   return [dataclasses.replace(first, config=configs.with_absolute_paths(run.config)) for run in runs]
+
+
+def _check_same_runs(plans: Sequence[Plan], folders: Sequence[pathlib.Path]) -> None:
+  """Raises UserError where a workdir holds another run than its plan says, before anything in it is changed."""
+  for plan, folder in zip(plans, folders, strict=True):
+    for checkpoint in checkpoints.find(folder)[-1:]:
+      with contextlib.suppress(DamagedError):  # which will be set aside
+        check_same_run(checkpoint, plan, checkpoint.config.get("init_from", ""), override=False)
 
 
 def _fitting_programs(
@@ -270,7 +279,7 @@ class _Loop:
     members: Sequence[_Member],
     states: Any,
     feed: Feed,
-    stop: Any,
+    stop: StopRequest,
     console: Console,
   ):
     self._program = program

@@ -1,15 +1,15 @@
 import dataclasses
 import os
+import shutil
 import signal
 
 import jax
 import numpy as np
 import pytest
-from rich.console import Console
 
 from selfreg_jax.analysis.ablation import group_training, memory, records
 from selfreg_jax.analysis.ablation.design import ablation_config, expand
-from selfreg_jax.analysis.ablation.group_training import resumable_parts, train_group
+from selfreg_jax.analysis.ablation.group_training import resumable_parts
 from selfreg_jax.analysis.ablation.grouping import Group, group_runs
 from selfreg_jax.analysis.ablation.program import (
   GroupProgram,
@@ -18,6 +18,7 @@ from selfreg_jax.analysis.ablation.program import (
   with_raw_key,
   with_typed_key,
 )
+from selfreg_jax.analysis.ablation.running import run_folder
 from selfreg_jax.config import base_config
 from selfreg_jax.data import augment
 from selfreg_jax.errors import UserError
@@ -25,29 +26,8 @@ from selfreg_jax.training import checkpoints, loop
 from selfreg_jax.training.plan import make_plan
 from selfreg_jax.training.signals import TrainingInterruptedError
 from selfreg_jax.training.start import state_at_random
+from tests.analysis.ablation.trained import SILENT, STEPS, make_design, train
 from tests.conftest import make_small_config
-
-SILENT = Console(quiet=True)
-STEPS = 4
-
-
-def make_design(prepared, rate=0.02, **train):
-  run = make_small_config(prepared)
-  run.optimizer.name, run.optimizer.learning_rate, run.optimizer.schedule = "sgd", 0.01, "constant"
-  run.train.steps, run.train.validate_every, run.train.log_every = STEPS, 2, 1
-  run.train.update(train)
-  variants = {
-    "none": {"loss.scr_weight": 0.0, "loss.ifd_weight": 0.0, "optimizer.learning_rate": rate},
-    "both": {"loss.scr_weight": 0.3},
-  }
-  return expand(ablation_config(run, variants=variants, seeds=(0, 1), reference="none"))
-
-
-def train(design, root, devices=None):
-  (group,) = group_runs(design.runs)
-  folders = {run.name: root / run.name for run in design.runs}
-  train_group(group, lambda run: folders[run.name], devices=devices or jax.devices()[:1], console=SILENT)
-  return folders
 
 
 def variables(folder, design, *, step=None):
@@ -65,16 +45,9 @@ def assert_close(ours, theirs, tolerance):
     np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance)
 
 
-@pytest.fixture(scope="module")
-def together(prepared, tmp_path_factory):
-  """Two variants and two seeds, trained in one program; shared by tests that only look."""
-  design = make_design(prepared)
-  return design, train(design, tmp_path_factory.mktemp("ablation") / "runs")
-
-
 @pytest.mark.parametrize("number", [0, 3])
 def test_each_run_of_a_group_is_its_own_single_run(together, tmp_path, number):
-  design, folders = together
+  design, _, folders = together
   run = design.runs[number]
   loop.train_and_evaluate(run.config, tmp_path, devices=jax.devices()[:1])
   for step in (2, STEPS):
@@ -82,7 +55,7 @@ def test_each_run_of_a_group_is_its_own_single_run(together, tmp_path, number):
 
 
 def test_runs_differ_where_their_numbers_or_seeds_do(together):
-  design, folders = together
+  design, _, folders = together
   kernels = [variables(folders[run.name], design)[0]["stem"]["conv1"]["kernel"] for run in design.runs]
   for i, one in enumerate(kernels):
     for other in kernels[i + 1 :]:
@@ -90,7 +63,7 @@ def test_runs_differ_where_their_numbers_or_seeds_do(together):
 
 
 def test_a_run_of_a_group_leaves_an_ordinary_workdir(together):
-  design, folders = together
+  design, _, folders = together
   for run in design.runs:
     folder = folders[run.name]
     assert [one.step for one in checkpoints.find(folder)][-2:] == [2, STEPS]
@@ -105,7 +78,7 @@ def test_a_run_of_a_group_leaves_an_ordinary_workdir(together):
 
 
 def test_devices_train_their_runs_without_communication(together, tmp_path):
-  design, folders = together
+  design, _, folders = together
   devices = jax.devices()[:3]  # four runs on two of them
   (group,) = group_runs(design.runs)
   plan = make_plan(design.runs[0].config, tmp_path, devices[:1])
@@ -115,7 +88,7 @@ def test_devices_train_their_runs_without_communication(together, tmp_path):
   text = program.compiled.as_text()
   for operation in ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
     assert operation not in text
-  on_devices = train(design, tmp_path / "runs", devices)
+  on_devices = train(design, tmp_path, devices)
   for run in design.runs:
     assert_close(variables(on_devices[run.name], design), variables(folders[run.name], design), 1e-5)
 
@@ -133,19 +106,19 @@ def test_spare_places_are_filled_and_each_run_is_found_again():
 
 
 def test_a_stopped_group_goes_on_from_the_newest_step_that_all_have(together, prepared, tmp_path, monkeypatch):
-  design, expected = together
+  design, _, expected = together
   real = group_training.record_training
 
   def stopping(logger, steps, pace, state, step, schedule, explain):
     real(logger, steps, pace, state, step, schedule, explain)
-    if step == 2 and logger.workdir == tmp_path / "none/seed_0":
+    if step == 2 and logger.workdir == run_folder(tmp_path, design.runs[0]):
       os.kill(os.getpid(), signal.SIGTERM)  # before the validation at this step, which then is not made
 
   monkeypatch.setattr(group_training, "record_training", stopping)
   with pytest.raises(TrainingInterruptedError, match="the same command continues"):
     train(design, tmp_path)
   monkeypatch.undo()
-  folders = {run.name: tmp_path / run.name for run in design.runs}
+  folders = {run.name: run_folder(tmp_path, run) for run in design.runs}
   stopped_at = {name: [one.step for one in checkpoints.find(folder)][-1] for name, folder in folders.items()}
   assert set(stopped_at.values()) == {2}
   assert not records.read(folders["both/seed_0"], design.runs[1].config).is_settled
@@ -157,6 +130,16 @@ def test_a_stopped_group_goes_on_from_the_newest_step_that_all_have(together, pr
     assert jax.tree.all(jax.tree.map(np.array_equal, ours, theirs))
     lines = [line.split('"step": ')[1].split(",")[0] for line in (folders[run.name] / "metrics.jsonl").open()]
     assert lines == [line.split('"step": ')[1].split(",")[0] for line in (expected[run.name] / "metrics.jsonl").open()]
+
+
+def test_the_runs_of_another_ablation_are_refused_and_stay_as_they_are(together, prepared, tmp_path):
+  design, root, _ = together
+  shutil.copytree(root / "runs", tmp_path / "runs")
+  folders = [run_folder(tmp_path, run) for run in design.runs]
+  checkpoints.forget_after(folders[0], 2)  # as if it were behind the others
+  with pytest.raises(UserError, match=r"config.optimizer.learning_rate: 0.02 -> 0.03"):
+    train(make_design(prepared, rate=0.03), tmp_path)
+  assert [checkpoints.find(folder)[-1].step for folder in folders] == [2, STEPS, STEPS, STEPS]
 
 
 def test_runs_end_one_by_one_and_the_others_go_on(prepared, tmp_path, monkeypatch):
@@ -217,7 +200,7 @@ def test_the_largest_number_that_fits_is_found_with_few_compilations():
 
 
 def test_a_group_that_does_not_fit_is_trained_in_turns_or_refused(together, monkeypatch):
-  design, folders = together
+  design, _, folders = together
 
   class Made:
     def __init__(self, group, plan, devices, batch):
@@ -239,7 +222,7 @@ def test_a_group_that_does_not_fit_is_trained_in_turns_or_refused(together, monk
 
 
 def test_runs_without_a_step_in_common_are_trained_apart(together, monkeypatch):
-  design, _ = together
+  design, _, _ = together
   steps = dict(zip([run.name for run in design.runs], [{2, 4}, {4, 6}, set(), {4}], strict=True))
   monkeypatch.setattr(group_training, "_steps", lambda name: steps[name])
   parts = resumable_parts(design.runs, lambda run: run.name)

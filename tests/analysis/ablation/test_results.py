@@ -1,10 +1,11 @@
 import csv
+import dataclasses
 import json
+import shutil
+import types
 
-import jax
 import numpy as np
 import pytest
-from rich.console import Console
 from scipy import stats
 
 from selfreg_jax.analysis.ablation import figures, records, results, running
@@ -13,9 +14,10 @@ from selfreg_jax.analysis.ablation.results import Outcome, spread, summarize
 from selfreg_jax.analysis.ablation.running import Options, run_ablation
 from selfreg_jax.config import base_config
 from selfreg_jax.errors import FaultError, UserError
+from selfreg_jax.training.loop import TrainingDivergedError
+from selfreg_jax.training.signals import TrainingInterruptedError
+from tests.analysis.ablation.trained import SILENT, make_design
 from tests.conftest import make_prepared, make_small_config
-
-SILENT = Console(quiet=True)
 
 
 def made_up(variants, seeds, reference, dice_of):
@@ -105,41 +107,25 @@ def test_sweeps_over_the_weights_are_drawn_over_lambda():
   figure = figures.draw_lambdas(sweeps, summarize(design, outcomes))
   assert [axes.get_xscale() for axes in figure.axes] == ["log", "log"]
   line = figure.axes[0].get_lines()[0]
-  np.testing.assert_allclose(line.get_xdata(), [0.001, 0.015, 0.1])
-  np.testing.assert_allclose(line.get_ydata(), [55, 55, 55])
+  np.testing.assert_allclose(np.float64(line.get_xdata()), [0.001, 0.015, 0.1])
+  np.testing.assert_allclose(np.float64(line.get_ydata()), [55, 55, 55])
   terms, _ = made_up(TERMS, (0,), "none", lambda variant, seed: 0.5)
   assert figures.lambda_sweeps(terms) == {}
 
 
-@pytest.fixture(scope="module")
-def design(prepared):
-  run = make_small_config(prepared)
-  run.train.steps, run.train.validate_every = 2, 2
-  variants = {"none": {"loss.scr_weight": 0.0, "loss.ifd_weight": 0.0}, "both": {}}
-  return expand(ablation_config(run, variants=variants, seeds=(0,), reference="none"))
-
-
-def test_an_ablation_is_shared_by_processes_and_the_last_one_writes_the_whole_table(design, tmp_path, monkeypatch):
-  one_device = jax.devices()[:1]
-  monkeypatch.setattr(jax, "local_devices", lambda: one_device)
-  real, trained = running.train_and_evaluate, []
-
-  def counting(config, folder):
-    trained.append(folder)
-    return real(config, folder, devices=one_device)
-
-  monkeypatch.setattr(running, "train_and_evaluate", counting)
+def test_an_ablation_is_shared_by_processes_and_the_last_one_writes_the_whole_table(together, tmp_path):
+  whole, root, _ = together
+  design = dataclasses.replace(whole, seeds=(0,), runs=whole.runs[:2])
+  shutil.copytree(root / "runs", tmp_path / "runs")
+  shutil.rmtree(tmp_path / "runs/none/seed_1")
   first = run_ablation(design, tmp_path, Options("auto", (1, 2)), console=SILENT)
   assert first["unfinished"] == ["none/seed_0"]
-  second = run_ablation(design, tmp_path, Options("sequential", (0, 2)), console=SILENT)
+  second = run_ablation(design, tmp_path, Options("vmap", (0, 2)), console=SILENT)
   assert second["unfinished"] == []
   assert second["variants"]["both"]["difference"]["sound"]["mean"]["dice"]["n"] == 1
   own = json.loads((tmp_path / "runs/both/seed_0/eval/test/summary.json").read_text())
   ours = second["variants"]["both"]["protocols"]["sound"]["mean"]["dice"]["mean"]
   assert ours == own["protocols"]["sound"]["mean"]["dice"]
-  # A third call finds everything done.
-  run_ablation(design, tmp_path, Options("vmap"), console=SILENT)
-  assert len(trained) == 2
   assert (tmp_path / "ablation.pdf").stat().st_size > 1000
 
   diverged = records.Record(records.fingerprint(design.runs[0].config), diverged="not finite")
@@ -148,7 +134,37 @@ def test_an_ablation_is_shared_by_processes_and_the_last_one_writes_the_whole_ta
     run_ablation(design, tmp_path, Options("sequential"), console=SILENT)
 
 
-def test_an_ablation_without_cases_to_score_is_refused_first(design, tmp_path):
+def test_what_became_of_a_run_of_its_own_is_recorded(prepared, tmp_path, monkeypatch):
+  run = make_design(prepared).runs[0]
+  folder = tmp_path / "run"
+  folder.mkdir()
+
+  def recorded(outcome):
+    def train_and_evaluate(config, workdir):
+      assert (config, workdir) == (run.config, folder)
+      if isinstance(outcome, Exception):
+        raise outcome
+      return types.SimpleNamespace(step=outcome)
+
+    monkeypatch.setattr(running, "train_and_evaluate", train_and_evaluate)
+    try:
+      running.train_alone(run, folder, SILENT)
+    except TrainingInterruptedError:
+      assert isinstance(outcome, TrainingInterruptedError)
+    return records.read(folder, run.config)
+
+  stopped = recorded(TrainingInterruptedError("stopped"))
+  assert not stopped.is_settled
+  finished = recorded(4)
+  assert (finished.steps, finished.finished) == (4, True)
+  assert finished.seconds > stopped.seconds > 0
+  other = run.config.copy_and_resolve_references()
+  other.loss.scr_weight = 0.7
+  assert not records.read(folder, other).is_settled  # of another config
+  assert recorded(TrainingDivergedError("not finite at step 3")).diverged == "not finite at step 3"
+
+
+def test_an_ablation_without_cases_to_score_is_refused_first(tmp_path):
   data = make_prepared(tmp_path, val="4", test="")
   run = make_small_config(data)
   emptied = expand(ablation_config(run, variants={"a": {}, "b": {"loss.ifd_p": 1.0}}, seeds=(0,), reference="a"))
