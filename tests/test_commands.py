@@ -78,11 +78,7 @@ def test_mistakes_in_evaluation_are_told_in_a_message(flags, messages):
     (["--config=configs/quickstart.py"], ["not the config of an ablation"]),
     (["--config=configs/ablation_terms.py", "--config.reference=best"], ["reference = 'best'", "deep_supervision"]),
     (["--config=configs/ablation_terms.py", "--config.run.data.dir=nowhere"], ["variant 'none'", "nowhere", "prepare"]),
-    (["--config=configs/ablation_terms.py", "--config.run.loss.scr_wieght=1"], ["scr_wieght"]),
     (["--config=configs/ablation_terms.py", "--num_processes=2"], ["--process_id go together"]),
-    (["--config=configs/ablation_terms.py", "--mode=parallel"], ["sequential"]),
-    (["--config=configs/ablation_terms.py", "--memory_gib=-1"], ["--memory_gib"]),
-    ([], ["--config"]),
   ],
 )
 def test_mistakes_in_an_ablation_are_told_in_a_message(tmp_path, flags, messages):

@@ -10,7 +10,7 @@ import pytest
 from selfreg_jax.analysis.ablation import group_training, memory, records
 from selfreg_jax.analysis.ablation.design import ablation_config, expand
 from selfreg_jax.analysis.ablation.group_training import resumable_parts
-from selfreg_jax.analysis.ablation.grouping import Group, group_runs
+from selfreg_jax.analysis.ablation.grouping import group_runs
 from selfreg_jax.analysis.ablation.program import (
   GroupProgram,
   build_run,
@@ -79,12 +79,12 @@ def test_a_run_of_a_group_leaves_an_ordinary_workdir(together):
 
 def test_devices_train_their_runs_without_communication(together, tmp_path):
   design, _, folders = together
-  devices = jax.devices()[:3]  # four runs on two of them
+  devices = jax.devices()[:4]
   (group,) = group_runs(design.runs)
   plan = make_plan(design.runs[0].config, tmp_path, devices[:1])
   batch = plan.stream()[0] | {"tables": augment.ResizeTables.build(plan.dataset.shapes, 32)}
-  program = GroupProgram(Group.of(group.runs[:3]), plan, devices, jax.eval_shape(lambda: batch))
-  assert (len(program.layout.devices), program.layout.per_device) == (3, 1)
+  program = GroupProgram(group, plan, devices, jax.eval_shape(lambda: batch))
+  assert (len(program.layout.devices), program.layout.per_device) == (4, 1)
   text = program.compiled.as_text()
   for operation in ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
     assert operation not in text

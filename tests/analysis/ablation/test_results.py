@@ -4,6 +4,7 @@ import json
 import shutil
 import types
 
+import jax
 import numpy as np
 import pytest
 from scipy import stats
@@ -113,7 +114,9 @@ def test_sweeps_over_the_weights_are_drawn_over_lambda():
   assert figures.lambda_sweeps(terms) == {}
 
 
-def test_an_ablation_is_shared_by_processes_and_the_last_one_writes_the_whole_table(together, tmp_path):
+def test_an_ablation_is_shared_by_processes_and_the_last_one_writes_the_whole_table(together, tmp_path, monkeypatch):
+  one_device = jax.devices()[:1]
+  monkeypatch.setattr(jax, "local_devices", lambda: one_device)
   whole, root, _ = together
   design = dataclasses.replace(whole, seeds=(0,), runs=whole.runs[:2])
   shutil.copytree(root / "runs", tmp_path / "runs")
