@@ -159,9 +159,10 @@ def test_drop_path_rates_rise_evenly_and_the_decoder_mirrors_them(monkeypatch):
 
 def test_a_traced_drop_path_rate_drops_what_the_same_number_does():
   x, rngs = jax.random.normal(jax.random.key(0), (2, 24, 24, 1)), {"dropout": jax.random.key(1)}
+  variables = small_variables()
 
   def logits(rate):
-    return sr.SwinUNet(num_classes=3, drop_path=rate, **SMALL).apply(small_variables(), x, train=True, rngs=rngs)
+    return sr.SwinUNet(num_classes=3, drop_path=rate, **SMALL).apply(variables, x, train=True, rngs=rngs)
 
   for rate in (0.5, 0.0):
     np.testing.assert_allclose(jax.jit(logits)(rate), jax.jit(lambda rate=rate: logits(rate))(), atol=1e-6)
