@@ -75,14 +75,16 @@ def draw_lambdas(sweeps: Mapping[str, Mapping[str, float]], summary: Mapping[str
   for axes, (field, points) in zip(
     np.ravel(figure.subplots(1, len(sweeps), sharey=True)), sweeps.items(), strict=False
   ):
-    for protocol, color in zip(("sound", "paper"), _COLORS, strict=False):
+    # A little to the left and right of the weight, so that equal scores do not hide each other.
+    for protocol, color, aside in (("sound", _COLORS[0], 0.97), ("paper", _COLORS[1], 1.03)):
       entries = [(weight, _dice(summary, name, protocol)) for name, weight in points.items()]
       entries = [(weight, entry) for weight, entry in entries if entry is not None]
       if not entries:
         continue
       x, means = [weight for weight, _ in entries], [100 * entry["mean"] for _, entry in entries]
-      axes.errorbar(x, means, yerr=_reach([entry for _, entry in entries]), color=color, marker="o", markersize=4,
-                    linewidth=1.4, capsize=3, label=f"{protocol} protocol")  # fmt: skip
+      style = {"color": color, "marker": "o", "markersize": 4, "linewidth": 1.4, "capsize": 3}
+      reach = _reach([entry for _, entry in entries])
+      axes.errorbar(np.multiply(x, aside), means, yerr=reach, label=f"{protocol} protocol", **style)
     axes.set_xscale("log")
     axes.set_xticks(list(points.values()), [f"{weight:g}" for weight in points.values()], fontsize=7)
     axes.minorticks_off()
@@ -98,7 +100,7 @@ def draw_lambdas(sweeps: Mapping[str, Mapping[str, float]], summary: Mapping[str
 def draw_bars(summary: Mapping[str, Any]) -> Figure:
   """Mean Dice of each variant as a bar with its interval; beside it the paired differences to the reference."""
   names = [name for name, variant in summary["variants"].items() if variant["seeds"]]
-  figure = Figure(figsize=(11, 1.4 + 0.45 * len(names)), layout="constrained")
+  figure = Figure(figsize=(11, 1.8 + 0.45 * len(names)), layout="constrained")
   scores, differences = figure.subplots(1, 2, sharey=True)
   places = np.arange(len(names))
   for shift, (protocol, color) in zip((-0.19, 0.19), zip(("sound", "paper"), _COLORS, strict=False), strict=True):
@@ -122,7 +124,7 @@ def draw_bars(summary: Mapping[str, Any]) -> Figure:
   scores.invert_yaxis()
   scores.set_xlabel("Dice %")
   scores.set_xlim(left=0)  # a bar's length is what it says; small differences are for the plot beside it
-  scores.legend(fontsize=8)
+  figure.legend(*scores.get_legend_handles_labels(), fontsize=8, ncols=2, loc="outside lower center")
   differences.axvline(0, color="black", linewidth=0.8)
   differences.set_xlabel(f"difference to {summary['reference']}, Dice points (paired by seed)")
   for axes in (scores, differences):
