@@ -121,10 +121,10 @@ class Measurer:
     self._batch_size = -(-batch_size // self._mesh.size) * self._mesh.size
     self._network = TappedNetwork.of(trained.model)
     self.blocks = self._find_blocks()
-    self._resize = jax.jit(_resize)
+    self._resize = meshes.jit_for(self._mesh, _resize)
     self._moments = meshes.jit_for(self._mesh, self._measure_moments)
     self._everything = meshes.jit_for(self._mesh, self._measure_everything)
-    self._heatmaps = jax.jit(lambda evidence: grad_cam.heatmap(evidence, (self._size, self._size)))
+    self._heatmaps = meshes.jit_for(self._mesh, lambda evidence: grad_cam.heatmap(evidence, (self._size, self._size)))
 
   def _find_blocks(self) -> list[Block]:
     images = jax.ShapeDtypeStruct((1, self._size, self._size, self._trained.dataset.channels), jnp.float32)

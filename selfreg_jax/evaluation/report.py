@@ -127,7 +127,7 @@ def write_cases_csv(
       for class_id, row in scores.items():
         values = [_csv_field(name, row.get(name, math.nan)) for name in columns]
         writer.writerow((protocol, case_id, class_id, class_names[class_id], *values))
-  _write_whole(path, content.getvalue().encode())
+  write_whole(path, content.getvalue().encode())
 
 
 def read_cases_csv(path: str | os.PathLike) -> dict[str, dict[str, protocols.ClassTable]]:
@@ -172,7 +172,7 @@ def write_summary(path: str | os.PathLike, summary: Mapping[str, Any]) -> None:
   Raises:
     TypeError: it holds something that has no place in JSON.
   """
-  _write_whole(path, (json.dumps(_strict(summary), indent=1, allow_nan=False) + "\n").encode())
+  write_whole(path, (json.dumps(_strict(summary), indent=1, allow_nan=False) + "\n").encode())
 
 
 def _strict(value: Any) -> Any:
@@ -187,7 +187,8 @@ def _strict(value: Any) -> Any:
   return value
 
 
-def _write_whole(path: str | os.PathLike, content: bytes) -> None:
+def write_whole(path: str | os.PathLike, content: bytes) -> None:
+  """Writes a file that exists whole or not at all."""
   path = pathlib.Path(path)
   temporary = path.with_name(path.name + ".partial")
   temporary.write_bytes(content)
@@ -464,7 +465,7 @@ def overlay_case(
   )
   content = io.BytesIO()
   drawing.savefig(content, format="png", facecolor=_BACKGROUND)
-  _write_whole(path, content.getvalue())
+  write_whole(path, content.getvalue())
 
 
 def _choose_by_dice(truth: np.ndarray, prediction: np.ndarray, num_classes: int) -> dict[int, str]:
