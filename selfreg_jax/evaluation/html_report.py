@@ -107,7 +107,7 @@ def write_report(
   )
   note = _note([kind for _, kind in pictures], len(order), manifest.kind, limit)
   page = _fill(**parts, note=html.escape(note), pictures=scripts)
-  _write_whole(path, page)
+  report.write_whole(path, page.encode())
 
 
 def replace_sections(path: str | os.PathLike, sections: Iterable[tuple[str, str]]) -> bool:
@@ -128,7 +128,7 @@ def replace_sections(path: str | os.PathLike, sections: Iterable[tuple[str, str]
   _, end, after = rest.rpartition(_END)
   if not begin or not end:
     return False
-  _write_whole(path, "".join((before, begin, _cards(sections), end, after)))
+  report.write_whole(path, "".join((before, begin, _cards(sections), end, after)).encode())
   return True
 
 
@@ -143,20 +143,14 @@ def write_page(path: str | os.PathLike, *, title: str, sections: Iterable[tuple[
   head, _, _ = _resource("html_report.html").partition("<body>")
   head = head.replace("{{title}}", html.escape(title)).replace("{{style}}", _resource("html_report.css"))
   body = f'<header><h1>{html.escape(title)}</h1><p class="disclaimer">For research, not for clinical use.</p></header>'
-  _write_whole(path, f"{head}<body>{body}<main>{_cards(sections)}</main></body></html>\n")
+  page = f"{head}<body>{body}<main>{_cards(sections)}</main></body></html>\n"
+  report.write_whole(path, page.encode())
 
 
 def _cards(sections: Iterable[tuple[str, str]]) -> str:
   return "".join(
     f'<section class="card"><h2>{html.escape(title)}</h2>{content}</section>' for title, content in sections
   )
-
-
-def _write_whole(path: str | os.PathLike, page: str) -> None:
-  path = pathlib.Path(path)
-  temporary = path.with_name(path.name + ".partial")
-  temporary.write_text(page, encoding="utf-8")
-  temporary.replace(path)
 
 
 def worst_first(case_ids: Iterable[str], table: Mapping[str, protocols.ClassTable]) -> list[str]:
