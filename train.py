@@ -6,16 +6,14 @@ In several processes, each started with the same command: found by themselves un
 else with --coordinator=HOST:PORT --num_processes=N --process_id=I (docs/scaling.md).
 """
 
-import os
-import signal
 import sys
-from typing import NoReturn
 
 from absl import app, flags
 from ml_collections import config_flags
 
 from selfreg_jax import compilation_cache, processes
 from selfreg_jax.errors import EXIT_RESUMABLE, UserError, check_config_file, parse_flags
+from selfreg_jax.training.signals import TrainingInterruptedError, leave_at_signals
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; override fields with --config.field=value.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints and logs; one with a checkpoint is continued.")
@@ -28,18 +26,8 @@ compilation_cache.define_flags()
 def main(argv: list[str]) -> int:
   """Trains as the parsed flags say; returns the exit code."""
   del argv
-  for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, leave)  # until the training loop, which saves first, takes them
+  leave_at_signals()  # until the training loop, which saves first, takes them
   return processes.run_command(train)
-
-
-def leave(number: int, frame: object) -> NoReturn:
-  """Ends the process at a signal that comes before or after the training steps."""
-  del frame
-  name = signal.Signals(number).name
-  print(f"stopped by {name} outside of training steps; nothing is lost, the same command continues", file=sys.stderr)
-  sys.stderr.flush()
-  os._exit(EXIT_RESUMABLE)
 
 
 def train() -> None:
@@ -51,7 +39,6 @@ def train() -> None:
   compilation_cache.from_flags()
   # Imported after the flags were checked: a wrong flag is told at once, not after JAX has started.
   from selfreg_jax.training.loop import train_and_evaluate
-  from selfreg_jax.training.signals import TrainingInterruptedError
 
   try:
     train_and_evaluate(_CONFIG.value, _WORKDIR.value, override=_OVERRIDE.value)

@@ -186,8 +186,10 @@ class Ours:
     logits, factors, features = forward(self.state.variables, self._batch["image"])
     pairs = []
 
-    def record(key: jax.Array, student: int, target: int) -> tuple[jax.Array, jax.Array]:
-      drawn = losses.random_pairing(key, student, target)
+    def record(
+      key: jax.Array, student: jax.Array, target: jax.Array, axis_name: losses.AxisName
+    ) -> tuple[jax.Array, jax.Array]:
+      drawn = losses.random_pairing(key, student, target, axis_name)
       pairs.append(tuple(np.asarray(indices) for indices in drawn))
       return drawn
 

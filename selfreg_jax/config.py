@@ -7,6 +7,7 @@ from typing import Any
 
 import ml_collections
 
+from selfreg_jax import loss_parts
 from selfreg_jax.data.published import PUBLISHED
 from selfreg_jax.errors import UserError
 
@@ -25,6 +26,7 @@ HARMLESS = (
   "train.on_nonfinite",  # no number of a run that was finite so far
   "train.most_skips",
   "train.log_every",
+  "train.analyze_every",
   "eval.batch_size",
 )
 
@@ -36,7 +38,7 @@ def base_config(network: str = "unet") -> ConfigDict:
     network: "unet" or "swin_unet"; the section `model` holds the fields of this network only.
   """
   config = ConfigDict()
-  config.seed = 0  # of initial weights, shuffling, augmentation and channel pairs
+  config.seed = 0  # of initial weights, augmentation, channel pairs and, unless data.order_seed says so, shuffling
   # What to start from instead of random weights: a workdir (of train.py or of selfreg_jax.models.pretrained) or a file
   # of PyTorch weights (.pth, .safetensors, .npz). A head for another number of classes is initialized anew.
   config.init_from = ""
@@ -50,6 +52,7 @@ def base_config(network: str = "unet") -> ConfigDict:
   data.fold = -1  # of a dataset prepared with folds: the one held out for validation, from 0; -1 without folds
   data.batch_size = 24  # slices of a global batch, over all devices
   data.image_size = 224  # pixels a side of what the network sees; slices are resized to it by cubic splines
+  data.order_seed = -1  # of the order in which slices are drawn, alone; -1: follows `seed`
   data.foreground_fraction = 0.0  # share of slices drawn among those with foreground, 0..1; 0 is the authors' sampling
   data.verify = True  # read every file once at the start and compare checksums (about a second per gigabyte)
   data.threads = 4  # reading threads; 0 reads slice after slice
@@ -70,6 +73,12 @@ def base_config(network: str = "unet") -> ConfigDict:
   loss.ifd_weight = 0.015  # of internal feature distillation; 0 switches it off; likewise
   loss.ifd_order = "response"  # how IFD orders channels: "response" (the authors' code) or "index" (the paper's text)
   loss.ifd_p = 2.0  # exponent of IFD, > 0
+  loss.ifd_stop_gradient = "none"  # half without gradient: "none" (the authors' code) or "top" (the paper's text)
+  # Parts of SCR: a name, or "package.module:function" of your own; see `self_regularization` in selfreg_jax/losses.py.
+  loss.scr_teacher = "final"  # map that supervises: "final" (the method) or "deepest_decoder"
+  loss.scr_pairing = "random"  # of channels: "random" (the method), "index" (fixed) or "cosine" (by similarity)
+  loss.scr_pool = "average"  # how the larger map is brought to the smaller one's size
+  loss.deep_supervision_weight = 0.0  # of the decoder stages' own heads (model.deep_supervision), >= 0
 
   config.optimizer = optimizer = ConfigDict()
   optimizer.name = "sgd"  # "sgd", "adamw" or "adam"
@@ -100,6 +109,9 @@ def base_config(network: str = "unet") -> ConfigDict:
   train.on_nonfinite = "stop"
   train.most_skips = 5
   train.log_every = 50  # steps between lines of metrics; in between nothing is read from the device
+  # Steps between measurements of how much the channels of each block repeat each other, on a few validation slices
+  # (selfreg_jax.analysis looks at more, afterwards); 0: never.
+  train.analyze_every = 0
 
   config.eval = evaluation = ConfigDict()
   evaluation.batch_size = 24  # slices of a batch in validation and evaluation, rounded up to a multiple of the devices
@@ -133,6 +145,9 @@ def _unet() -> ConfigDict:
   model.name = "unet"
   model.widths = (64, 128, 256, 512, 512)  # channels of the stem and of each down stage
   model.upsample = "bilinear"  # or "transpose"
+  model.deep_supervision = (
+    False  # 1x1 heads on the decoder's stages, for loss.deep_supervision_weight; in training only
+  )
   model.remat = False  # recompute the insides of a block in the backward pass: less memory, more time
   model.dtype = "float32"  # of the computation: "float32" or "bfloat16"; parameters, losses and logits stay float32
   return model
@@ -145,6 +160,9 @@ def _swin_unet() -> ConfigDict:
   model.depths = (2, 2, 2, 2)  # transformer blocks of each encoder stage, and of the decoder stage of its resolution
   model.heads = (3, 6, 12, 24)  # attention heads of each stage; they divide its channels
   model.window = 7  # tokens a side of an attention window; a token of the first stage has 4x4 pixels
+  model.deep_supervision = (
+    False  # 1x1 heads on the decoder's stages, for loss.deep_supervision_weight; in training only
+  )
   model.drop_path = 0.2  # highest rate at which a residual branch is dropped in training, 0 <= rate < 1
   model.remat = False  # recompute the insides of a block in the backward pass: less memory, more time
   model.dtype = "float32"  # of the computation: "float32" or "bfloat16"; parameters, losses and logits stay float32
@@ -157,7 +175,7 @@ NETWORKS = tuple(_NETWORKS)
 VARIANTS = {"baseline": (), "scr": ("scr",), "ifd": ("ifd",), "selfreg": ("scr", "ifd")}
 
 # Fields that shape the weights: a checkpoint cannot be continued under other values.
-WEIGHT_SHAPING = ("name", "widths", "upsample", "embed_dim", "depths", "heads", "window")
+WEIGHT_SHAPING = ("name", "widths", "upsample", "embed_dim", "depths", "heads", "window", "deep_supervision")
 
 
 _SHARE = (lambda value: 0 <= value <= 1, "between 0 and 1")
@@ -182,6 +200,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
   "data.fold": (lambda value: value >= -1, "the number of a fold, from 0, or -1"),
   "data.batch_size": _AT_LEAST_1,
   "data.image_size": (lambda value: value >= 2, "at least 2"),
+  "data.order_seed": (lambda value: -1 <= value < 2**31, "between 0 and 2**31 - 1, or -1"),
   "data.foreground_fraction": _SHARE,
   "data.threads": _NOT_NEGATIVE,
   "data.prefetch": _AT_LEAST_1,
@@ -210,6 +229,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
   "loss.ifd_weight": _NOT_NEGATIVE,
   "loss.ifd_order": _one_of("response", "index"),
   "loss.ifd_p": _POSITIVE,
+  "loss.ifd_stop_gradient": _one_of("none", "top"),
+  "loss.deep_supervision_weight": _NOT_NEGATIVE,
   "optimizer.name": _one_of("sgd", "adamw", "adam"),
   "optimizer.learning_rate": _POSITIVE,
   "optimizer.momentum": _SHARE,
@@ -229,6 +250,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
   "train.on_nonfinite": _one_of("stop", "skip"),
   "train.most_skips": _AT_LEAST_1,
   "train.log_every": _AT_LEAST_1,
+  "train.analyze_every": _NOT_NEGATIVE,
   "eval.batch_size": _AT_LEAST_1,
 }
 
@@ -272,6 +294,18 @@ def _is_infinite(value: Any) -> bool:
 def _joint_problems(config: ConfigDict) -> Iterator[str]:
   if config.loss.ce_weight == config.loss.dice_weight == 0:
     yield "loss.ce_weight and config.loss.dice_weight are both 0: nothing would supervise the prediction"
+  for field, shipped in loss_parts.SHIPPED.items():
+    try:
+      if config.loss[field] not in shipped:  # which need no check, and would start JAX
+        loss_parts.resolve(field, config.loss[field])
+    except UserError as error:
+      yield str(error).removeprefix("config.")
+  if config.model.deep_supervision != (config.loss.deep_supervision_weight > 0):
+    yield (
+      f"model.deep_supervision = {config.model.deep_supervision} does not go with "
+      f"config.loss.deep_supervision_weight = {config.loss.deep_supervision_weight}: the heads need a weight above 0, "
+      "and the weight needs the heads"
+    )
   yield from {"unet": _unet_problems, "swin_unet": _swin_unet_problems}[config.model.name](config)
   optimizer = config.optimizer
   if optimizer.schedule == "cosine" and optimizer.cosine_minimum > optimizer.learning_rate:

@@ -25,11 +25,14 @@ class Features:
     encoder: stages from shallow to deep; each is the tuple of its blocks' maps, (B, h, w, c) in order of computation.
     decoder: stages from deep to shallow, likewise.
     final: (B, H, W, C) map just before the classification head; it supervises all the others.
+    auxiliary: (B, h, w, num_classes) logits of the heads of deep supervision, one for each decoder stage; empty where
+      a network has no such heads.
   """
 
   encoder: tuple[Stage, ...]
   decoder: tuple[Stage, ...]
   final: Array
+  auxiliary: tuple[Array, ...] = ()
 
   @classmethod
   def from_sown(cls, collection: Mapping[str, Any]) -> "Features":
@@ -37,8 +40,9 @@ class Features:
 
     Args:
       collection: `updated["features"]` of `module.apply(..., mutable=["features"])`: the names `encoder_1`,
-        `encoder_2`, ..., `decoder_1`, ... and `final`, each with the tuple of what was sown under it. A module that
-        sits inside another one is found as long as it is the only one that sows.
+        `encoder_2`, ..., `decoder_1`, ... and `final`, each with the tuple of what was sown under it; `auxiliary_1`,
+        ... where there are heads of deep supervision. A module that sits inside another one is found as long as it is
+        the only one that sows.
 
     Returns:
       The features.
@@ -58,7 +62,12 @@ class Features:
         f"expected one final map among the sown features, found {len(final)}; names: {sorted(collection)}. Apply the "
         "module with mutable=['features', ...] on variables that hold no 'features' collection, and call it once."
       )
-    return cls(encoder=_sown_stages(collection, "encoder"), decoder=_sown_stages(collection, "decoder"), final=final[0])
+    return cls(
+      encoder=_sown_stages(collection, "encoder"),
+      decoder=_sown_stages(collection, "decoder"),
+      final=final[0],
+      auxiliary=tuple(logits for (logits,) in _sown_stages(collection, "auxiliary")),
+    )
 
   def blocks(self) -> list[dict[str, Array]]:
     """The maps that the losses use: for each block position, name -> map.

@@ -12,11 +12,12 @@ where the paper's text differs, the docstring says so.
 import functools
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from optax import assignment
 
 from selfreg_jax.features import Features
 
@@ -24,10 +25,12 @@ Array = jax.Array
 AxisName = str | tuple[str, ...] | None
 Channels = tuple[Array, Array]
 ChannelScore = Callable[[Array, AxisName], Array]
-Pairing = Callable[[Array, int, int], Channels]
+Teacher = Callable[[Features], Array]
+Pairing = Callable[[Array | None, Array, Array, AxisName], Channels]
 Pool = Callable[[Array, tuple[int, int]], Array]
 
 _NORM_EPSILON = 1e-12
+STOP_GRADIENTS = ("none", "top")
 
 
 def cross_entropy(
@@ -124,21 +127,24 @@ def internal_feature_distillation(
   feature_map: Array,
   order: str | ChannelScore = "response",
   *,
-  p: float = 2,
+  p: float | Array = 2,
+  stop_gradient: str = "none",
   axis_name: AxisName = None,
 ) -> Array:
   """Internal feature distillation (IFD): draws the lower-scored half of the channels to the higher-scored half.
 
   The channels are sorted by descending score; the first floor(C / 2) are the top, the next floor(C / 2) the bottom, and
-  IFD = mean(|top - bottom|^p) pairs them in that order. Gradients flow through both halves and not through the order.
-  For an odd C the channel with the lowest score has no partner and is left out. Two channels whose scores differ by
-  rounding only may swap places and move the value by about 1e-3 relative.
+  IFD = mean(|top - bottom|^p) pairs them in that order. Gradients flow through both halves, as in the authors' code, or
+  through the bottom alone, as the paper's text has it; never through the order. For an odd C the channel with the
+  lowest score has no partner and is left out. Two channels whose scores differ by rounding only may swap places and
+  move the value by about 1e-3 relative.
 
   Args:
     feature_map: (B, h, w, C) floating-point map, C >= 2.
     order: "response" (`channel_response`, the authors' code), "index" (the paper's text), or a function of
       (feature_map, axis_name) that gives (C,) scores.
     p: exponent; the paper and the code use 2.
+    stop_gradient: the half that gets no gradient: "none" (the authors' code) or "top", the teacher (the paper's text).
     axis_name: mapped axis over which the batch is split, if any.
 
   Returns:
@@ -148,8 +154,10 @@ def internal_feature_distillation(
   channels = feature_map.shape[-1]
   if channels < 2:
     raise ValueError(f"internal feature distillation compares two halves of the channels; the map has C = {channels}")
-  if p <= 0:
+  if _is_number(p) and p <= 0:
     raise ValueError(f"p must be positive, got {p}")
+  if stop_gradient not in STOP_GRADIENTS:
+    raise ValueError(f"unknown stop_gradient {stop_gradient!r}; expected one of {STOP_GRADIENTS}")
   if isinstance(order, str):
     if order not in _CHANNEL_SCORES:
       raise ValueError(f"unknown order {order!r}; expected one of {sorted(_CHANNEL_SCORES)} or a function")
@@ -158,8 +166,12 @@ def internal_feature_distillation(
   scores = order(jax.lax.stop_gradient(feature_map), axis_name)
   ranking = jnp.argsort(-scores, stable=True)
   half = channels // 2
-  difference = _channel_difference(feature_map, ranking[:half], ranking[half : 2 * half])
-  powered = difference**2 if p == 2 else jnp.abs(difference) ** p
+  top, bottom = ranking[:half], ranking[half : 2 * half]
+  if stop_gradient == "top":
+    difference = _channels(jax.lax.stop_gradient(feature_map), top) - _channels(feature_map, bottom)
+  else:
+    difference = _channel_difference(feature_map, top, bottom)
+  powered = difference**2 if _is_number(p) and p == 2 else jnp.abs(difference) ** p
   return _mean_over_devices(_mean_of_map(powered), axis_name)
 
 
@@ -189,7 +201,17 @@ def adaptive_average_pool(feature_map: Array, size: tuple[int, int]) -> Array:
   return jnp.einsum("jw,biwc->bijc", columns, pooled, precision=highest)
 
 
-def random_pairing(key: Array, student_channels: int, target_channels: int) -> Channels:
+def final_map(features: Features) -> Array:
+  """The method's teacher in SCR: the map just before the head, (B, H, W, C)."""
+  return features.final
+
+
+def deepest_decoder_map(features: Features) -> Array:
+  """Another teacher for SCR: the last map of the decoder's deepest stage, (B, h, w, C)."""
+  return features.decoder[0][-1]
+
+
+def random_pairing(key: Array | None, student: Array, target: Array, axis_name: AxisName = None) -> Channels:
   """Draws min(C_s, C_t) channels of each map without replacement and pairs them at random.
 
   Only the pairing matters to a mean, so the map with fewer channels keeps its own order and an ordered subset is drawn
@@ -197,16 +219,62 @@ def random_pairing(key: Array, student_channels: int, target_channels: int) -> C
 
   Args:
     key: PRNG key.
-    student_channels: C_s.
-    target_channels: C_t.
+    student: (B, h, w, C_s), of which only the number of channels counts.
+    target: (B, h, w, C_t), likewise.
+    axis_name: unused; equal keys draw equal pairs on all devices.
 
   Returns:
     (indices into the student, indices into the target), each (min(C_s, C_t),).
   """
+  del axis_name
+  if key is None:
+    raise ValueError("semantic consistency draws its channel pairs at random: give a key, or channels")
+  student_channels, target_channels = student.shape[-1], target.shape[-1]
   count = min(student_channels, target_channels)
   drawn = jax.random.permutation(key, max(student_channels, target_channels))[:count]
   own_order = np.arange(count)  # of numpy, by which the loss sees that there is nothing to reorder
   return (drawn, own_order) if target_channels <= student_channels else (own_order, drawn)
+
+
+def index_pairing(key: Array | None, student: Array, target: Array, axis_name: AxisName = None) -> Channels:
+  """Pairs channel i with channel i, the same at every step: the first min(C_s, C_t) of each map in their own order.
+
+  Args:
+    key: unused.
+    student: (B, h, w, C_s), of which only the number of channels counts.
+    target: (B, h, w, C_t), likewise.
+    axis_name: unused.
+
+  Returns:
+    (indices into the student, indices into the target), each (min(C_s, C_t),).
+  """
+  del key, axis_name
+  own_order = np.arange(min(student.shape[-1], target.shape[-1]))
+  return own_order, own_order
+
+
+def cosine_pairing(key: Array | None, student: Array, target: Array, axis_name: AxisName = None) -> Channels:
+  """Pairs min(C_s, C_t) channels so that the sum of their cosine similarities is the largest possible (assignment).
+
+  A channel's vector is its map over all positions of the batch. Costs O(C_s C_t) memory and, in the worst case, cubic
+  time in the number of channels, one step after another: the GPU has nothing to do in parallel there.
+
+  Args:
+    key: unused.
+    student: (B, h, w, C_s), as large as the target; no gradient flows through the pairing.
+    target: (B, h, w, C_t).
+    axis_name: mapped axis over which the batch is split, if any: similarities are then over the global batch.
+
+  Returns:
+    (indices into the student, indices into the target), each (min(C_s, C_t),).
+  """
+  del key
+  student, target = (_at_least_float32(jax.lax.stop_gradient(x)) for x in (student, target))
+  highest = jax.lax.Precision.HIGHEST
+  products = _sum_over_devices(jnp.einsum("bhws,bhwt->st", student, target, precision=highest), axis_name)
+  squares = [_sum_over_devices(jnp.sum(x**2, axis=(0, 1, 2)), axis_name) for x in (student, target)]
+  norms = [jnp.maximum(jnp.sqrt(square), _NORM_EPSILON) for square in squares]
+  return assignment.hungarian_algorithm(-products / (norms[0][:, None] * norms[1]))
 
 
 def semantic_consistency(
@@ -222,14 +290,15 @@ def semantic_consistency(
   """Semantic consistency regularization (SCR): the final map supervises another one, channel by channel.
 
   The larger of the two maps is average-pooled to the size of the smaller one; SCR is the mean squared difference of
-  randomly paired channels. No gradient flows to `final`.
+  paired channels, which the method pairs at random. No gradient flows to `final`.
 
   Args:
     feature_map: (B, h, w, C_s) floating-point map of any block.
     final: (B, H, W, C_t) map just before the head.
-    key: PRNG key for the pairing; not needed when `channels` is given.
+    key: PRNG key for the pairing; not needed when `channels` is given, or by a pairing without chance.
     channels: fixed pairs (indices into C_s, indices into C_t), equally long.
-    pairing: function of (key, C_s, C_t) that gives such pairs.
+    pairing: function of (key, student, target, axis_name), the two maps at their common size and without gradients,
+      that gives such pairs.
     pool: function of (map, (h, w)) that shrinks a map.
     axis_name: mapped axis over which the batch is split, if any.
 
@@ -248,7 +317,9 @@ def self_regularization(
   ifd_weight: float | Array = 0.015,
   channels: Mapping[str, Channels] | None = None,
   order: str | ChannelScore = "response",
-  p: float = 2,
+  p: float | Array = 2,
+  stop_gradient: str = "none",
+  teacher: Teacher = final_map,
   pairing: Pairing = random_pairing,
   pool: Pool = adaptive_average_pool,
   axis_name: AxisName = None,
@@ -257,18 +328,21 @@ def self_regularization(
 
   For each block position (one where every stage has one block; else the first and the last block of each stage):
   IFD_p = mean over encoder stages + mean over decoder stages, SCR_p = mean over all stages; the loss is
-  scr_weight * sum SCR_p + ifd_weight * sum IFD_p. The final map is pooled once per resolution.
+  scr_weight * sum SCR_p + ifd_weight * sum IFD_p. The teacher's map is pooled once per resolution.
 
   Args:
-    features: maps of one forward pass. To supervise with another map than the last one, replace it:
-      `features.replace(final=teacher)`.
-    key: PRNG key of this step; every map draws its pairs from its own fold. May be None when `channels` is given or
-      `scr_weight` is 0.
+    features: maps of one forward pass.
+    key: PRNG key of this step; every map draws its pairs from its own fold. May be None when `channels` is given, the
+      pairing is not random, or `scr_weight` is 0.
     scr_weight: weight of SCR; the Python number 0 skips its computation and its terms.
     ifd_weight: weight of IFD, likewise.
     channels: fixed pairs for each map by name, such as {"encoder_1": (indices, indices), ...}.
     order: see `internal_feature_distillation`.
     p: see `internal_feature_distillation`.
+    stop_gradient: see `internal_feature_distillation`.
+    teacher: function of the features that gives the map (B, H, W, C) which supervises in SCR. A map never supervises
+      itself: where the teacher is one of the encoder's or decoder's maps (the very array), it is left out of SCR and
+      its means. The final map is never a student.
     pairing: see `semantic_consistency`.
     pool: see `semantic_consistency`.
     axis_name: mapped axis over which the batch is split, if any.
@@ -287,28 +361,69 @@ def self_regularization(
   maps = {name: feature_map for position in positions for name, feature_map in position.items()}
   for name, feature_map in maps.items():
     _check_map(feature_map, name)
-  if channels is not None and set(channels) != set(maps):
-    raise ValueError(f"channels are given for {sorted(channels)}, but the maps are {sorted(maps)}")
+  target = teacher(features)
+  students = {name: feature_map for name, feature_map in maps.items() if feature_map is not target}
+  if channels is not None and set(channels) != set(students):
+    raise ValueError(f"channels are given for {sorted(channels)}, but the maps are {sorted(students)}")
   terms: dict[str, Array] = {}
   loss = jnp.zeros((), jnp.promote_types(features.final.dtype, jnp.float32))
 
   if not _is_zero(scr_weight):
-    sizes = {name: _common_size(feature_map, features.final) for name, feature_map in maps.items()}
-    targets = {size: _target(features.final, size, pool) for size in set(sizes.values())}
-    for name, feature_map in maps.items():
+    sizes = {name: _common_size(feature_map, target) for name, feature_map in students.items()}
+    targets = {size: _target(target, size, pool) for size in set(sizes.values())}
+    for name, feature_map in students.items():
       pairs = None if channels is None else channels[name]
       map_key = None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode()))
       terms[f"scr/{name}"] = _consistency(feature_map, targets[sizes[name]], map_key, pairs, pairing, pool, axis_name)
-    terms["scr"] = sum(_mean([terms[f"scr/{name}"] for name in position]) for position in positions)
+    taught = [[name for name in position if name in students] for position in positions]
+    terms["scr"] = sum(_mean([terms[f"scr/{name}"] for name in names]) for names in taught if names)
     loss += scr_weight * terms["scr"]
 
   if not _is_zero(ifd_weight):
     for name, feature_map in maps.items():
-      terms[f"ifd/{name}"] = internal_feature_distillation(feature_map, order, p=p, axis_name=axis_name)
+      terms[f"ifd/{name}"] = internal_feature_distillation(
+        feature_map, order, p=p, stop_gradient=stop_gradient, axis_name=axis_name
+      )
     sides = [[n for n in position if n.startswith(side)] for position in positions for side in ("encoder", "decoder")]
     terms["ifd"] = sum(_mean([terms[f"ifd/{name}"] for name in names]) for names in sides if names)
     loss += ifd_weight * terms["ifd"]
   return loss, terms
+
+
+def deep_supervision(
+  auxiliary: Sequence[Array], labels: Array, loss: Callable[[Array, Array], Array]
+) -> tuple[Array, dict[str, Array]]:
+  """Plain deep supervision: the base loss of a 1x1 head on each decoder stage, against smaller labels.
+
+  Labels are brought to a head's size by nearest neighbours (pixel i of n takes pixel floor((i + 1/2) N / n) of N). As
+  in nnU-Net (Isensee et al. 2021) a head's weight halves with each stage that it lies deeper: from the shallowest
+  head, at half the image's size in a UNet, 1/2, 1/4, 1/8, ..., divided by their sum, so that the weights add up to 1.
+  Unlike there the network's own head is not among them (its loss keeps the weight 1 and this one comes on top), and no
+  head is left out.
+
+  Args:
+    auxiliary: logits (B, h, w, num_classes) of the heads from deep to shallow, as `Features.auxiliary`.
+    labels: (B, H, W) integer class ids.
+    loss: of (logits, labels at their size) -> scalar.
+
+  Returns:
+    (weighted mean, each head's own loss by the name of its stage: "decoder_1" is the deepest).
+
+  Raises:
+    ValueError: there are no heads.
+  """
+  if not auxiliary:
+    raise ValueError("deep supervision needs heads on the decoder's stages: build the network with deep_supervision")
+  terms = {}
+  for stage, logits in enumerate(auxiliary, 1):
+    rows, columns = (
+      np.floor((np.arange(small) + 0.5) * large / small).astype(int)
+      for small, large in zip(logits.shape[1:3], labels.shape[1:3], strict=True)
+    )
+    terms[f"decoder_{stage}"] = loss(logits, labels[:, rows[:, None], columns[None, :]])
+  weights = 0.5 ** np.arange(len(auxiliary), 0, -1)
+  weights /= weights.sum()
+  return sum(float(weight) * term for weight, term in zip(weights, terms.values(), strict=True)), terms
 
 
 def _consistency(
@@ -323,15 +438,12 @@ def _consistency(
   """SCR against a target that already has the common size and no gradient."""
   student = pool(_at_least_float32(student), target.shape[1:3])
   if channels is None:
-    if key is None:
-      raise ValueError("semantic consistency draws its channel pairs at random: give a key, or channels")
-    student_index, target_index = pairing(key, student.shape[-1], target.shape[-1])
-  else:
-    student_index, target_index = channels
-    if np.shape(student_index) != np.shape(target_index) or np.ndim(student_index) != 1:
-      raise ValueError(
-        f"channels must be two index vectors of one length, got {np.shape(student_index)} and {np.shape(target_index)}"
-      )
+    channels = pairing(key, jax.lax.stop_gradient(student), target, axis_name)
+  student_index, target_index = channels
+  if np.shape(student_index) != np.shape(target_index) or np.ndim(student_index) != 1:
+    raise ValueError(
+      f"channels must be two index vectors of one length, got {np.shape(student_index)} and {np.shape(target_index)}"
+    )
   difference = _channels(student, student_index) - _channels(target, target_index)
   return _mean_over_devices(_mean_of_map(difference**2), axis_name)
 
@@ -432,7 +544,12 @@ def _mean_of_map(values: Array) -> Array:
 
 
 def _is_zero(weight: float | Array) -> bool:
-  return isinstance(weight, int | float) and weight == 0
+  return _is_number(weight) and weight == 0
+
+
+def _is_number(value: float | Array) -> bool:
+  """Whether it is known when the program is traced."""
+  return isinstance(value, int | float)
 
 
 def _mean(scalars: list[Array]) -> Array:

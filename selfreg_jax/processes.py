@@ -68,6 +68,41 @@ def detected(environment: Mapping[str, str]) -> str | None:
   return "TPU_WORKER_HOSTNAMES" if "," in environment.get("TPU_WORKER_HOSTNAMES", "") else None
 
 
+# What tells a process its number among how many, by launcher.
+_NUMBERS = (("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"))
+
+
+def share_without_joining(cluster: Cluster, environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+  """Which share of a list of independent tasks is this process's; no process is joined or waited for.
+
+  Args:
+    cluster: what the flags say: --num_processes and --process_id go together and need no --coordinator; with
+      --distributed=off the process is alone.
+    environment: of the process, asked where the flags say nothing (srun, mpirun).
+
+  Returns:
+    (number of this process, from 0; number of processes).
+
+  Raises:
+    UserError: the flags are incomplete or contradictory.
+  """
+  count, number = cluster.num_processes, cluster.process_id
+  if cluster.coordinator is not None:
+    raise UserError("--coordinator: these processes work each for itself and need none; leave it out")
+  if (count is None) != (number is None):
+    raise UserError("--num_processes and --process_id go together")
+  if cluster.distributed == "off" and count is not None:
+    raise UserError("--distributed=off and --num_processes contradict each other")
+  if cluster.distributed == "off":
+    return 0, 1
+  if count is None:
+    found = [pair for pair in _NUMBERS if all(environment.get(name, "").isdigit() for name in pair)]
+    number, count = (int(environment[name]) for name in found[0]) if found else (0, 1)
+  if not 0 <= number < count:
+    raise UserError(f"--process_id={number}: 0 to {count - 1}")
+  return number, count
+
+
 def start(cluster: Cluster) -> None:
   """Joins the other processes, if there are any. Must come before anything that asks JAX for its devices.
 

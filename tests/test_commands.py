@@ -71,6 +71,34 @@ def test_mistakes_in_evaluation_are_told_in_a_message(flags, messages):
   assert_user_mistake(run("eval.py", *flags), *messages)
 
 
+@pytest.mark.parametrize(
+  ("flags", "messages"),
+  [
+    (["--workdir=nowhere"], ["--workdir=RUN", "--output=DIR"]),
+    (["--workdir=nowhere", "--output=x"], ["nowhere: not the workdir"]),
+    (["--workdir=nowhere", "--output=x", "--split=train"], ["test", "val"]),
+  ],
+)
+def test_mistakes_in_analysis_are_told_in_a_message(flags, messages):
+  assert_user_mistake(run("-m", "selfreg_jax.analysis", *flags), *messages)
+
+
+@pytest.mark.parametrize(
+  ("flags", "messages"),
+  [
+    (["--config=configs/ablation_terms.py:nothing"], ["ablation_terms.py:nothing", "glas_unet"]),
+    (["--config=configs/quickstart.py"], ["not the config of an ablation"]),
+    (["--config=configs/ablation_terms.py", "--config.reference=best"], ["reference = 'best'", "deep_supervision"]),
+    (["--config=configs/ablation_terms.py", "--config.run.data.dir=nowhere"], ["variant 'none'", "nowhere", "prepare"]),
+    (["--config=configs/ablation_terms.py", "--num_processes=2"], ["--process_id go together"]),
+  ],
+)
+def test_mistakes_in_an_ablation_are_told_in_a_message(tmp_path, flags, messages):
+  arguments = ["-m", "selfreg_jax.analysis.ablation", f"--workdir={tmp_path / 'ablation'}", *flags]
+  assert_user_mistake(run(*arguments), *messages)
+  assert not (tmp_path / "ablation").exists()
+
+
 def test_weights_of_the_authors_predict_as_their_code_does(golden, tmp_path):
   """PyTorch file -> workdir -> NIfTI in, NIfTI out, through the commands."""
   arrays = golden("volume_protocol")

@@ -1,4 +1,5 @@
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from scipy import optimize
 
 import selfreg_jax as sr
 from selfreg_jax import losses
@@ -261,7 +263,8 @@ def test_pairs_are_drawn_without_replacement_and_uniformly(student, target):
 
   draws = 4000
   keys = jax.random.split(jax.random.key(0), draws)
-  students, targets = jax.vmap(lambda key: random_pairing(key, student, target))(keys)
+  maps = (jnp.zeros((1, 1, 1, channels)) for channels in (student, target))
+  students, targets = jax.vmap(functools.partial(random_pairing, student=next(maps), target=next(maps)))(keys)
   students, targets = (np.broadcast_to(x, (draws, min(student, target))) for x in (students, targets))
   for drawn in (students, targets):
     assert all(len(set(row)) == min(student, target) for row in drawn)
@@ -281,6 +284,140 @@ def test_pairs_are_new_for_each_step_and_map():
     terms = sr.self_regularization(features, jax.random.fold_in(jax.random.key(0), step))[1]
     values += [float(value) for name, value in terms.items() if name.startswith("scr/")]
   assert len(set(values)) == 6
+
+
+def test_the_papers_wording_gives_no_gradient_to_the_top_half():
+  feature_map = jax.random.normal(jax.random.key(0), (2, 3, 3, 5)) + jnp.asarray([4.0, 0, 3, 1, -2])
+
+  def value_and_gradient(stop_gradient):
+    loss = functools.partial(sr.internal_feature_distillation, stop_gradient=stop_gradient)
+    return jax.value_and_grad(loss)(feature_map)
+
+  (both, to_both), (bottom_only, to_bottom) = value_and_gradient("none"), value_and_gradient("top")
+  np.testing.assert_allclose(bottom_only, both, rtol=1e-6)
+  top, bottom = [0, 2], [3, 1]  # by descending mean; the lowest of five has no partner
+  assert not np.any(to_bottom[..., [*top, 4]])
+  np.testing.assert_allclose(to_bottom[..., bottom], to_both[..., bottom], rtol=1e-6)
+  assert np.abs(to_both[..., top]).max() > 0
+
+
+def test_a_traced_exponent_and_traced_weights_give_the_numbers_of_python_ones():
+  features, key = example_features(), jax.random.key(0)
+
+  def loss(scr_weight, ifd_weight, p):
+    return sr.self_regularization(features, key, scr_weight=scr_weight, ifd_weight=ifd_weight, p=p)[0]
+
+  for numbers in ((0.3, 0.2, 2.0), (0.3, 0.0, 3.0), (0.0, 0.1, 1.5)):
+    np.testing.assert_allclose(jax.jit(loss)(*numbers), loss(*numbers), rtol=1e-6)
+
+
+def best_pairs(student, target):
+  """Cosine similarities over positions and batch, and the largest sum that an assignment reaches; in float64."""
+  vectors = [np.asarray(x, np.float64).reshape(-1, x.shape[-1]) for x in (student, target)]
+  vectors = [x / np.linalg.norm(x, axis=0) for x in vectors]
+  similarity = vectors[0].T @ vectors[1]
+  return similarity, similarity[optimize.linear_sum_assignment(similarity, maximize=True)].sum()
+
+
+@pytest.mark.parametrize(("student", "target"), [(7, 4), (4, 7), (6, 6)])
+def test_cosine_pairing_is_the_best_assignment(student, target):
+  for seed in range(3):
+    maps = random_map(seed, 2, 3, 4, student), random_map(seed + 10, 2, 3, 4, target)
+    pairs = jax.jit(lambda s, t: losses.cosine_pairing(None, s, t))(*maps)
+    similarity, best = best_pairs(*maps)
+    assert all(len(np.unique(index)) == len(index) == min(student, target) for index in pairs)
+    np.testing.assert_allclose(similarity[tuple(map(np.asarray, pairs))].sum(), best, rtol=1e-5)
+
+
+def test_cosine_pairing_finds_a_permutation_again_and_passes_no_gradient():
+  target, order = random_map(0, 2, 4, 4, 6), np.asarray([3, 5, 0, 1, 4, 2])
+  student = 3 * target[..., order] + 0.01 * random_map(1, 2, 4, 4, 6)
+  students, targets = losses.cosine_pairing(None, student, target)
+  np.testing.assert_array_equal(order[students], targets)
+
+  def scr(student, channels=None):
+    return sr.semantic_consistency(student, target, pairing=losses.cosine_pairing, channels=channels)
+
+  fixed = jax.value_and_grad(scr)(student, (students, targets))
+  np.testing.assert_allclose(jax.grad(scr)(student), fixed[1], rtol=1e-6)
+
+
+def test_cosine_pairing_is_that_of_the_global_batch():
+  student, target = random_map(0, 8, 3, 3, 5), random_map(1, 8, 3, 3, 6)
+  mesh = Mesh(np.asarray(jax.devices()), ("devices",))
+
+  def scr(student, target, axis_name=None):
+    return sr.semantic_consistency(student, target, pairing=losses.cosine_pairing, axis_name=axis_name)
+
+  sharded = jax.shard_map(
+    functools.partial(scr, axis_name="devices"), mesh=mesh, in_specs=P("devices"), out_specs=P(), check_vma=False
+  )
+  np.testing.assert_allclose(jax.jit(sharded)(student, target), scr(student, target), rtol=2e-6)
+
+
+@pytest.mark.parametrize(("student", "target"), [(5, 3), (3, 5)])
+def test_index_pairing_compares_channels_of_the_same_number(student, target):
+  maps = random_map(0, 2, 3, 3, student), random_map(1, 2, 3, 3, target)
+  value = sr.semantic_consistency(*maps, pairing=losses.index_pairing)
+  np.testing.assert_allclose(value, np.mean((maps[0][..., :3] - maps[1][..., :3]) ** 2), rtol=1e-6)
+
+
+def test_another_teacher_supervises_all_maps_but_itself():
+  features = sr.Features(
+    encoder=((random_map(0, 2, 8, 8, 4),), (random_map(1, 2, 4, 4, 4),)),
+    decoder=((random_map(2, 2, 4, 4, 4), random_map(3, 2, 4, 4, 4)), (random_map(4, 2, 8, 8, 4),)),
+    final=random_map(5, 2, 16, 16, 4),
+  )
+
+  def loss(features):
+    return sr.self_regularization(
+      features,
+      None,
+      teacher=losses.deepest_decoder_map,
+      pairing=losses.index_pairing,
+      scr_weight=1.0,
+      ifd_weight=0,
+    )
+
+  (value, terms), gradients = jax.value_and_grad(loss, has_aux=True)(features)
+  teacher = np.asarray(features.decoder[0][1])
+
+  def scr(student):  # the teacher has the smallest size: the students are pooled to it
+    student = np.asarray(student)
+    factor = student.shape[1] // 4
+    return np.mean((student.reshape(2, 4, factor, 4, factor, 4).mean((2, 4)) - teacher) ** 2)
+
+  students = {
+    "encoder_1": features.encoder[0][0],
+    "encoder_2": features.encoder[1][0],
+    "decoder_1/first": features.decoder[0][0],
+    "decoder_2": features.decoder[1][0],
+  }
+  assert set(terms) == {"scr"} | {f"scr/{name}" for name in students}
+  for name, student in students.items():
+    np.testing.assert_allclose(terms[f"scr/{name}"], scr(student), rtol=1e-5)
+  # The position "last" has no map besides the teacher, and so no part in the sum.
+  np.testing.assert_allclose(value, np.mean([scr(student) for student in students.values()]), rtol=1e-5)
+  assert not np.any(gradients.decoder[0][1])
+  assert not np.any(gradients.final)
+
+
+def test_deep_supervision_weights_halve_with_depth_and_labels_are_sampled():
+  labels = jax.random.randint(jax.random.key(0), (2, 12, 12), 0, 3)
+  auxiliary = tuple(random_map(seed, 2, size, size, 3) for seed, size in enumerate((3, 6, 12)))
+  value, terms = losses.deep_supervision(auxiliary, labels, sr.cross_entropy)
+  expected = []
+  for logits in auxiliary:
+    size = logits.shape[1]
+    small = np.zeros((2, size, size), int)
+    for i, j in itertools.product(range(size), repeat=2):
+      small[:, i, j] = labels[:, int((i + 0.5) * 12 / size), int((j + 0.5) * 12 / size)]
+    log_probabilities = np.log(np.exp(logits) / np.exp(logits).sum(-1, keepdims=True))
+    expected.append(-np.mean(np.take_along_axis(log_probabilities, small[..., None], -1)))
+  np.testing.assert_allclose([terms[f"decoder_{i}"] for i in (1, 2, 3)], expected, rtol=1e-5)
+  np.testing.assert_allclose(value, (expected[0] + 2 * expected[1] + 4 * expected[2]) / 7, rtol=1e-5)
+  with pytest.raises(ValueError, match="needs heads"):
+    losses.deep_supervision((), labels, sr.cross_entropy)
 
 
 def test_final_map_is_pooled_once_per_resolution():
@@ -309,6 +446,9 @@ BAD_CALLS = {
   "rank of a map": (lambda: sr.internal_feature_distillation(jnp.zeros((4, 4, 2))), ValueError, "B, h, w, C"),
   "one channel": (lambda: sr.internal_feature_distillation(jnp.zeros((1, 4, 4, 1))), ValueError, "C = 1"),
   "integer map": (lambda: sr.internal_feature_distillation(jnp.zeros((1, 4, 4, 2), int)), TypeError, "floating"),
+  "unknown stop gradient": (
+    lambda: sr.internal_feature_distillation(jnp.zeros((1, 4, 4, 2)), stop_gradient="bottom"), ValueError, "'top'",
+  ),
   "unknown order": (lambda: sr.internal_feature_distillation(jnp.zeros((1, 4, 4, 2)), "best"), ValueError, "response"),
   "no key": (
     lambda: sr.semantic_consistency(jnp.zeros((1, 4, 4, 2)), jnp.zeros((1, 4, 4, 2))), ValueError, "give a key",

@@ -25,6 +25,35 @@ def test_several_processes_are_detected_from_the_environment(environment, expect
 
 
 @pytest.mark.parametrize(
+  ("cluster", "environment", "expected"),
+  [
+    (Cluster(), {}, (0, 1)),
+    (Cluster(num_processes=4, process_id=2), {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "8"}, (2, 4)),
+    (Cluster(), {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "8"}, (1, 8)),
+    (Cluster(), {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"}, (3, 4)),
+    (Cluster(), {"SLURM_PROCID": "0"}, (0, 1)),  # in a batch script, not started by srun
+    (Cluster("off"), {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "8"}, (0, 1)),
+  ],
+)
+def test_processes_that_do_not_join_know_their_share(cluster, environment, expected):
+  assert processes.share_without_joining(cluster, environment) == expected
+
+
+@pytest.mark.parametrize(
+  ("cluster", "message"),
+  [
+    (Cluster(coordinator="host:1234", num_processes=2, process_id=0), "need none"),
+    (Cluster(num_processes=2), "go together"),
+    (Cluster(num_processes=2, process_id=2), "--process_id=2: 0 to 1"),
+    (Cluster("off", num_processes=2, process_id=0), "contradict"),
+  ],
+)
+def test_a_wrong_share_is_refused(cluster, message):
+  with pytest.raises(UserError, match=message):
+    processes.share_without_joining(cluster, {})
+
+
+@pytest.mark.parametrize(
   ("cluster", "message"),
   [
     (Cluster(coordinator="host:1234"), "--coordinator, --num_processes and --process_id go together"),

@@ -34,6 +34,7 @@ _SAMPLE = 5  # slices that a case's size is estimated from
 _NOTE_BYTES = 2_000  # kept free for the remark on what was left out
 _SCRIPT_BYTES = 100  # of the element around a case's JSON
 _CASE_BYTES = 400  # of that JSON without its slices
+_BEGIN, _END = "<!-- further sections -->", "<!-- end of further sections -->"  # in the page
 _SLICE_BYTES = 40  # of a slice's numbers in it
 
 _METRICS = {"dice": "Dice", "jaccard": "Jaccard", "hd95": "HD95", "assd": "ASSD", "nsd": "NSD"}
@@ -94,9 +95,7 @@ def write_report(
     "script": _resource("html_report.js"),
     "header": _header(summary, manifest),
     "summary": _summary_section(summary, manifest),
-    "sections": "".join(
-      f'<section class="card"><h2>{html.escape(title)}</h2>{content}</section>' for title, content in sections
-    ),
+    "sections": _cards(sections),
     "details": _details(summary),
     "data": embed_json(_page_data(summary, scores, manifest, order)),
   }
@@ -108,10 +107,50 @@ def write_report(
   )
   note = _note([kind for _, kind in pictures], len(order), manifest.kind, limit)
   page = _fill(**parts, note=html.escape(note), pictures=scripts)
-  path = pathlib.Path(path)
-  temporary = path.with_name(path.name + ".partial")
-  temporary.write_text(page, encoding="utf-8")
-  temporary.replace(path)
+  report.write_whole(path, page.encode())
+
+
+def replace_sections(path: str | os.PathLike, sections: Iterable[tuple[str, str]]) -> bool:
+  """Puts further sections into a page that is there, in place of those that it has; the rest stays as it is.
+
+  Args:
+    path: of a page that `write_report` wrote.
+    sections: as in `write_report`; all of them.
+
+  Returns:
+    Whether it is such a page.
+
+  Raises:
+    OSError: it cannot be read or written.
+  """
+  page = pathlib.Path(path).read_text(encoding="utf-8")
+  before, begin, rest = page.partition(_BEGIN)
+  _, end, after = rest.rpartition(_END)
+  if not begin or not end:
+    return False
+  report.write_whole(path, "".join((before, begin, _cards(sections), end, after)).encode())
+  return True
+
+
+def write_page(path: str | os.PathLike, *, title: str, sections: Iterable[tuple[str, str]]) -> None:
+  """Writes sections as a page of their own, in the style of the report; the file exists whole or not at all.
+
+  Args:
+    path: the HTML file.
+    title: plain text.
+    sections: as in `write_report`.
+  """
+  head, _, _ = _resource("html_report.html").partition("<body>")
+  head = head.replace("{{title}}", html.escape(title)).replace("{{style}}", _resource("html_report.css"))
+  body = f'<header><h1>{html.escape(title)}</h1><p class="disclaimer">For research, not for clinical use.</p></header>'
+  page = f"{head}<body>{body}<main>{_cards(sections)}</main></body></html>\n"
+  report.write_whole(path, page.encode())
+
+
+def _cards(sections: Iterable[tuple[str, str]]) -> str:
+  return "".join(
+    f'<section class="card"><h2>{html.escape(title)}</h2>{content}</section>' for title, content in sections
+  )
 
 
 def worst_first(case_ids: Iterable[str], table: Mapping[str, protocols.ClassTable]) -> list[str]:

@@ -127,7 +127,7 @@ def write_cases_csv(
       for class_id, row in scores.items():
         values = [_csv_field(name, row.get(name, math.nan)) for name in columns]
         writer.writerow((protocol, case_id, class_id, class_names[class_id], *values))
-  _write_whole(path, content.getvalue().encode())
+  write_whole(path, content.getvalue().encode())
 
 
 def read_cases_csv(path: str | os.PathLike) -> dict[str, dict[str, protocols.ClassTable]]:
@@ -172,7 +172,7 @@ def write_summary(path: str | os.PathLike, summary: Mapping[str, Any]) -> None:
   Raises:
     TypeError: it holds something that has no place in JSON.
   """
-  _write_whole(path, (json.dumps(_strict(summary), indent=1, allow_nan=False) + "\n").encode())
+  write_whole(path, (json.dumps(_strict(summary), indent=1, allow_nan=False) + "\n").encode())
 
 
 def _strict(value: Any) -> Any:
@@ -187,7 +187,8 @@ def _strict(value: Any) -> Any:
   return value
 
 
-def _write_whole(path: str | os.PathLike, content: bytes) -> None:
+def write_whole(path: str | os.PathLike, content: bytes) -> None:
+  """Writes a file that exists whole or not at all."""
   path = pathlib.Path(path)
   temporary = path.with_name(path.name + ".partial")
   temporary.write_bytes(content)
@@ -339,7 +340,7 @@ def overlay_panel(
   height, width = (max(np.shape(image)[axis] for image in images) for axis in (0, 1))
   panel = np.full((len(images) * (height + gap) - gap, 3 * (width + gap) - gap, 3), 40, np.uint8)
   for n, (image, truth, prediction) in enumerate(zip(images, truths, predictions, strict=True)):
-    image = _displayable(np.asarray(image)[None])[0]
+    image = displayable(np.asarray(image)[None])[0]
     nothing = np.zeros(image.shape[:2], np.uint8)
     for column, (name, classes) in enumerate((("input", nothing), ("truth", truth), ("prediction", prediction))):
       classes = np.asarray(classes)
@@ -357,7 +358,7 @@ def _check_classes(classes: np.ndarray, image: np.ndarray, num_classes: int, *, 
   metrics.check_class_ids(classes, num_classes=num_classes, name=name)
 
 
-def _displayable(image: np.ndarray) -> np.ndarray:
+def displayable(image: np.ndarray) -> np.ndarray:
   """Image slices as floats in [0, 1]; values beyond are stretched from their 0.5th to their 99.5th percentile.
 
   Args:
@@ -431,7 +432,7 @@ def overlay_case(
 
   indices = list(chosen)
   chosen_slices = image[indices] if scale == 1 else image[indices] * np.float32(scale)
-  images = [turn.apply(array) for array in _displayable(chosen_slices)]
+  images = [turn.apply(array) for array in displayable(chosen_slices)]
   predictions = [turn.apply(prediction[index]) for index in indices]
   truths = None if truth is None else [turn.apply(truth[index]) for index in indices]
   height, width = images[0].shape[:2]
@@ -464,7 +465,7 @@ def overlay_case(
   )
   content = io.BytesIO()
   drawing.savefig(content, format="png", facecolor=_BACKGROUND)
-  _write_whole(path, content.getvalue())
+  write_whole(path, content.getvalue())
 
 
 def _choose_by_dice(truth: np.ndarray, prediction: np.ndarray, num_classes: int) -> dict[int, str]:

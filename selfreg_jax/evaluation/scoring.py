@@ -25,7 +25,7 @@ from selfreg_jax.data import augment
 from selfreg_jax.data import manifest as manifests
 from selfreg_jax.data.manifest import Case, CaseArrays, DatasetInfo, Manifest
 from selfreg_jax.errors import UserError
-from selfreg_jax.evaluation import case_scores, class_maps, html_report, protocols, report
+from selfreg_jax.evaluation import case_scores, class_maps, html_report, protocols, report, sections
 from selfreg_jax.evaluation.case_scores import CaseScorer, Outcome, Prediction
 from selfreg_jax.evaluation.options import Options
 from selfreg_jax.predictor import Predictor
@@ -33,7 +33,7 @@ from selfreg_jax.training.checkpoints import choose, load_trained
 
 Scores = dict[str, dict[str, protocols.ClassTable]]
 
-_RESULTS = ("overlays", "predictions", "cases.csv", "report.html")
+_RESULTS = ("overlays", "predictions", "cases.csv", "report.html", "summary.json")
 _VERSIONED = ("selfreg-jax", "jax", "flax", "numpy", "scipy", "nibabel")
 
 
@@ -94,8 +94,7 @@ def evaluate_workdir(
   Raises:
     UserError: as `selfreg_jax.predictor.load` and `score_dataset`.
   """
-  name = request.split if request.data is None else f"{pathlib.Path(request.data).resolve().name}_{request.split}"
-  output = pathlib.Path(output or pathlib.Path(workdir) / "eval" / name)
+  output = pathlib.Path(output or default_output(workdir, request.split, request.data))
   if reuse and (found := _reused(workdir, output, request)):
     console.print(f"{output}: up to date, taken as it is", markup=False, highlight=False)
     return found
@@ -104,6 +103,12 @@ def evaluate_workdir(
     predictor, request.data, split=request.split, output=output, console=console, workers=request.workers
   )
   return Evaluation(output, summary, report.read_cases_csv(output / "cases.csv"))
+
+
+def default_output(workdir: str | os.PathLike, split: str, data: str | None) -> pathlib.Path:
+  """Where a workdir's evaluation goes unless told otherwise: WORKDIR/eval/SPLIT, of other data /eval/NAME_SPLIT."""
+  name = split if data is None else f"{pathlib.Path(data).resolve().name}_{split}"
+  return pathlib.Path(workdir) / "eval" / name
 
 
 def _reused(workdir: str | os.PathLike, output: pathlib.Path, request: Request) -> Evaluation | None:
@@ -178,7 +183,8 @@ def score_dataset(
 ) -> dict[str, Any]:
   """Predicts and scores all cases of a split under both protocols.
 
-  Writes, into the output folder: `cases.csv`, `summary.json`, `report.html`, `overlays/<id>.png` and the class maps
+  Writes, into the output folder: `cases.csv`, `summary.json`, `report.html` (with the sections that other commands have
+  left there, see `selfreg_jax.evaluation.sections`), `overlays/<id>.png` and the class maps
   `predictions/<id>.nii.gz` (on the grid, and under the header, of the case's own image file) or, of images,
   `predictions/<id>.png`; prints a table for each protocol. Images are scored as such: in the sound protocol at their
   own size, in the paper protocol at the network's.
@@ -203,6 +209,7 @@ def score_dataset(
   with processes.together():
     manifest, directory = load_data(predictor.config, directory)
     check_fits(predictor.dataset, manifest, directory)
+    sections.read(output)  # one that cannot be read is told before the work, not after it
     split_cases = manifest.split(split)
     if not split_cases:
       raise UserError(
@@ -215,7 +222,7 @@ def score_dataset(
     seen = seen_in_training(predictor.config, manifest, directory, split_cases) if split != "train" else []
   if seen:
     say(f"warning     {len(seen)} of these cases were trained on; scores on them flatter: {', '.join(seen[:8])}")
-  with _replacing(output) as staging:
+  with replacing(output, _RESULTS, folders=("overlays", "predictions")) as staging:
     with processes.together():
       own = _score_cases(staging, predictor, manifest, directory, processes.share_of(split_cases), workers, say)
     scores, removed = _gathered(own)
@@ -250,6 +257,7 @@ def score_dataset(
           load_case=functools.partial(
             _load_case, manifest=manifest, arrays=CaseArrays(directory), folder=staging / "predictions"
           ),
+          sections=[section.shown(summary) for section in sections.read(output)],
         )
         report.write_summary(staging / "summary.json", summary)
   for protocol, block in blocks.items():
@@ -297,29 +305,45 @@ def _gathered(own: Sequence[Outcome]) -> tuple[Scores, int]:
 
 
 @contextlib.contextmanager
-def _replacing(output: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A folder for results that take the place of an earlier evaluation's once they are complete, and not before.
+def replacing(
+  output: pathlib.Path, results: Sequence[str], *, folders: Sequence[str] = (), what: str = "evaluation"
+) -> Iterator[pathlib.Path]:
+  """A folder for results that take the place of earlier ones once they are complete, and not before.
 
   All processes write into it; the first one makes and replaces folders, and the others wait for that.
+
+  Args:
+    output: where the results are to be; held meanwhile.
+    results: names of the files and folders that the body writes. The last one is the first to be removed and the last
+      to come: where it is, the rest belongs to it.
+    folders: those of them that are folders, to be made.
+    what: is done here, for messages.
+
+  Yields:
+    The folder to write into.
+
+  Raises:
+    UserError: the output folder cannot be written, or is in use.
   """
   staging = output / ".partial"
   with contextlib.ExitStack() as stack:
     with processes.together():
       if processes.is_first():
-        stack.enter_context(workdirs.hold(output, what="evaluation", flag="--output"))
-        shutil.rmtree(staging, ignore_errors=True)  # what an interrupted evaluation has left
-        for folder in ("overlays", "predictions"):
+        stack.enter_context(workdirs.hold(output, what=what, flag="--output"))
+        shutil.rmtree(staging, ignore_errors=True)  # what an interrupted one has left
+        make_folder(staging)
+        for folder in folders:
           make_folder(staging / folder)
         stack.callback(shutil.rmtree, staging, ignore_errors=True)
     yield staging
     with processes.together():
       if processes.is_first():
-        _install(staging, output)
+        _install(staging, output, results)
 
 
-def _install(staging: pathlib.Path, output: pathlib.Path) -> None:
-  (output / "summary.json").unlink(missing_ok=True)  # the last to come: where it is, the rest belongs to it
-  for name in (*_RESULTS, "summary.json"):
+def _install(staging: pathlib.Path, output: pathlib.Path, results: Sequence[str]) -> None:
+  (output / results[-1]).unlink(missing_ok=True)
+  for name in results:
     if (output / name).is_dir():
       shutil.rmtree(output / name)
     (staging / name).replace(output / name)

@@ -27,7 +27,13 @@ def build_model(config: ml_collections.ConfigDict, num_classes: int) -> nn.Modul
 
 
 def _build_unet(config: ml_collections.ConfigDict) -> functools.partial:
-  return functools.partial(UNet, widths=tuple(config.widths), upsample=config.upsample, remat=config.remat)
+  return functools.partial(
+    UNet,
+    widths=tuple(config.widths),
+    upsample=config.upsample,
+    remat=config.remat,
+    deep_supervision=_deep_supervision(config),
+  )
 
 
 def _build_swin_unet(config: ml_collections.ConfigDict) -> functools.partial:
@@ -39,7 +45,12 @@ def _build_swin_unet(config: ml_collections.ConfigDict) -> functools.partial:
     window=config.window,
     drop_path=config.drop_path,
     remat=config.remat,
+    deep_supervision=_deep_supervision(config),
   )
+
+
+def _deep_supervision(config: ml_collections.ConfigDict) -> bool:
+  return config.get("deep_supervision", False)  # a checkpoint may be older than the field
 
 
 def initial_variables(model: nn.Module, key: jax.Array, image_size: int, channels: int) -> dict[str, Any]:

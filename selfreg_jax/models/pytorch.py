@@ -353,7 +353,8 @@ def convert(
     source=source,
     filled=filled,
     initialize=initialize,
-    absent=tuple(entry.path for entry in entries.values() if entry.path not in filled),
+    # Among them those that no PyTorch weights have: the heads of deep supervision.
+    absent=tuple(path for path in shapes if path not in filled),
     missing=tuple(name for name in entries if name not in tensors),
     unused=unused,
     misfits=tuple(misfits),

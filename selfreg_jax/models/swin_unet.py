@@ -165,6 +165,26 @@ class WindowAttention(nn.Module):
     return jnp.roll(x, (self.shift, self.shift), axis=(1, 2)) if self.shift else x
 
 
+class DropPath(nn.Module):
+  """Sets whole samples to zero at random and scales the others to the same expectation (rng "dropout").
+
+  Attributes:
+    rate: probability that a sample is dropped, below 1. An array, known only when the program runs, gives the numbers
+      of the same rate as a Python number.
+  """
+
+  rate: float | Array
+
+  @nn.compact
+  def __call__(self, x: Array, *, train: bool) -> Array:
+    """Drops samples of (B, ...) where `train`."""
+    if not train or (isinstance(self.rate, int | float) and self.rate == 0):
+      return x
+    kept = jnp.asarray(1 - self.rate, jnp.float32)
+    mask = jax.random.bernoulli(self.make_rng("dropout"), kept, (x.shape[0], *[1] * (x.ndim - 1)))
+    return jnp.where(mask, x / kept.astype(x.dtype), jnp.zeros_like(x))
+
+
 class SwinBlock(nn.Module):
   """x + attention(LayerNorm(x)), then x + MLP(LayerNorm(x)), each branch dropped at random per sample in training.
 
@@ -180,7 +200,7 @@ class SwinBlock(nn.Module):
   heads: int
   window: int
   shift: int
-  drop_path: float = 0.0
+  drop_path: float | Array = 0.0
   dtype: Dtype | None = None
   param_dtype: Dtype = jnp.float32
 
@@ -188,8 +208,8 @@ class SwinBlock(nn.Module):
   def __call__(self, x: Array, train: bool) -> Array:
     """Applies the block to a map (B, H, W, C); `train` drops paths, and then wants the rng "dropout"."""
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    # One draw for all positions and channels of a sample.
-    drop_path = nn.Dropout(self.drop_path, broadcast_dims=(1, 2, 3), deterministic=not train)
+    # Draws depend on the name: that of the `nn.Dropout` which this once was.
+    drop_path = functools.partial(DropPath(self.drop_path, name="Dropout_0"), train=train)
     attention = WindowAttention(self.heads, self.window, self.shift, **types, name="attention")
     x = x + drop_path(attention(LayerNorm(**types, name="norm1")(x)))
     channels = x.shape[-1]
@@ -262,8 +282,10 @@ class SwinUNet(nn.Module):
     window: tokens a side of an attention window. Rows and columns of an image must be a multiple of
       4 * 2 ** (stages - 1) * window (224 by default).
     drop_path: highest drop-path rate; the encoder's blocks have rates from 0 to it in even steps, the decoder's those
-      of the encoder stage of the same resolution.
+      of the encoder stage of the same resolution. May be a traced array.
     remat: recompute the insides of each block in the backward pass instead of keeping them: less memory, more time.
+    deep_supervision: in training, also sow the logits of a 1x1 head on the last map of each decoder stage
+      (`auxiliary_1` ..).
     dtype: of the computation, e.g. jnp.bfloat16; None follows input and parameters. Logits are at least float32.
     param_dtype: of the parameters.
   """
@@ -273,8 +295,9 @@ class SwinUNet(nn.Module):
   depths: Sequence[int] = (2, 2, 2, 2)
   heads: Sequence[int] = (3, 6, 12, 24)
   window: int = 7
-  drop_path: float = 0.2
+  drop_path: float | Array = 0.2
   remat: bool = False
+  deep_supervision: bool = False
   dtype: Dtype | None = None
   param_dtype: Dtype = jnp.float32
 
@@ -298,7 +321,7 @@ class SwinUNet(nn.Module):
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     norm = functools.partial(LayerNorm, **types)
     stages = len(self.depths)
-    rates = np.split(np.linspace(0, self.drop_path, sum(self.depths)), np.cumsum(self.depths)[:-1])
+    rates = self._drop_path_rates()
 
     if images.shape[-1] == 1:
       images = jnp.repeat(images, 3, axis=-1)
@@ -326,9 +349,14 @@ class SwinUNet(nn.Module):
       x = jnp.concatenate([x, skips[i]], axis=-1)
       x = Dense(self.embed_dim * 2**i, **types, name=f"concat{d}")(x)
       x = self._stage(f"decoder{d}", f"decoder_{d}", x, i, rates[i], train)
+      if self.deep_supervision and (train or self.is_initializing()):
+        self._sow(f"auxiliary_{d}", self._head(x, f"auxiliary{d}"))
     x = norm(name="norm_up")(x)
     x = PatchExpanding(self.embed_dim, PATCH, **types, name="expand_final")(x)
     self._sow("final", x)
+    return self._head(x, "head")
+
+  def _head(self, x: Array, name: str) -> Array:
     head = nn.Conv(
       self.num_classes,
       kernel_size=(1, 1),
@@ -337,11 +365,21 @@ class SwinUNet(nn.Module):
       conv_general_dilated=pointwise_convolution,
       dtype=jnp.promote_types(x.dtype, jnp.float32),
       param_dtype=self.param_dtype,
-      name="head",
+      name=name,
     )
     return head(x)
 
-  def _stage(self, prefix: str, tap: str, x: Array, level: int, rates: np.ndarray, train: bool) -> Array:
+  def _drop_path_rates(self) -> list[list[float | Array]]:
+    """The rate of each block of each encoder stage."""
+    blocks = sum(self.depths)
+    if isinstance(self.drop_path, int | float):
+      rates = np.linspace(0, self.drop_path, blocks).tolist()
+    else:
+      rates = [share * self.drop_path for share in np.linspace(0, 1, blocks).tolist()]
+    ends = np.cumsum(self.depths)
+    return [rates[end - depth : end] for end, depth in zip(ends, self.depths, strict=True)]
+
+  def _stage(self, prefix: str, tap: str, x: Array, level: int, rates: Sequence[float | Array], train: bool) -> Array:
     """The blocks of a stage at one resolution level, (B, h, w, C) -> (B, h, w, C)."""
     block_class = nn.remat(SwinBlock, static_argnums=(2,)) if self.remat else SwinBlock
     for j, rate in enumerate(rates):
@@ -349,7 +387,7 @@ class SwinUNet(nn.Module):
         self.heads[level],
         self.window,
         block_shift(x.shape[1:3], self.window, j),
-        float(rate),
+        rate,
         self.dtype,
         self.param_dtype,
         name=f"{prefix}_block{j + 1}",

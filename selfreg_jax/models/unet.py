@@ -174,6 +174,7 @@ class UNet(nn.Module):
     param_dtype: of the parameters.
     axis_name: mapped axis for batch statistics under pmap or shard_map; leave None under jit, where they are global.
     remat: recompute the insides of each block in the backward pass instead of keeping them: less memory, more time.
+    deep_supervision: in training, also sow the logits of a 1x1 head on each tapped decoder map (`auxiliary_1` ..).
   """
 
   num_classes: int
@@ -183,6 +184,7 @@ class UNet(nn.Module):
   param_dtype: Dtype = jnp.float32
   axis_name: str | None = None
   remat: bool = False
+  deep_supervision: bool = False
 
   @nn.compact
   def __call__(self, images: Array, *, train: bool) -> Array:
@@ -215,6 +217,11 @@ class UNet(nn.Module):
       up = Up(width, self.upsample, remat=self.remat, name=f"up{i}", **common)
       x = up(x, skips.pop(), train=train)
       self._sow(f"decoder_{i}" if skips else "final", x)
+      if skips and self.deep_supervision and (train or self.is_initializing()):
+        self._sow(f"auxiliary_{i}", self._head(x, f"auxiliary{i}"))
+    return self._head(x, "head")
+
+  def _head(self, x: Array, name: str) -> Array:
     head = nn.Conv(
       self.num_classes,
       kernel_size=(1, 1),
@@ -223,7 +230,7 @@ class UNet(nn.Module):
       bias_init=torch_bias_init(x.shape[-1]),
       dtype=jnp.promote_types(x.dtype, jnp.float32),
       param_dtype=self.param_dtype,
-      name="head",
+      name=name,
     )
     return head(x)
 

@@ -45,6 +45,8 @@ DAMAGED_FOLDER = "damaged_checkpoints"
 # kill in between must not leave half of one among the whole ones.
 SUPERSEDED_FOLDER = "superseded"
 
+_FORGOTTEN_FOLDER = "forgotten_checkpoints"
+
 # The newest, and the one before it in case the newest turns out to be damaged.
 _LATEST_KEPT = 2
 
@@ -232,6 +234,22 @@ def latest_whole(
   for bad, error in damaged:
     say(f"damaged  {error}\n         set aside as {bad.set_aside()}; going on from step {newest.step}")
   return result
+
+
+def forget_after(workdir: str | os.PathLike, step: int) -> None:
+  """Removes the checkpoints of later steps, each whole or not at all, for a run that is to go on from this one.
+
+  Args:
+    workdir: the folder, which no run is writing into.
+    step: of the newest checkpoint to keep; 0 keeps none.
+  """
+  shutil.rmtree(pathlib.Path(workdir, FOLDER, SUPERSEDED_FOLDER), ignore_errors=True)
+  forgotten = pathlib.Path(workdir, _FORGOTTEN_FOLDER)
+  for checkpoint in find(workdir):
+    if checkpoint.step > step:
+      forgotten.mkdir(exist_ok=True)
+      checkpoint.path.rename(forgotten / checkpoint.path.name)
+      shutil.rmtree(forgotten, ignore_errors=True)
 
 
 def _put_back(workdir: str | os.PathLike) -> None:

@@ -75,12 +75,29 @@ class RunLogger:
   """Everything that a training run writes for people, under one workdir.
 
   Attributes:
-    console: where lines go: standard output.
+    console: where lines go.
   """
 
-  def __init__(self, workdir: str | os.PathLike, *, start_step: int, validated: int, steps: int):
+  def __init__(
+    self,
+    workdir: str | os.PathLike,
+    *,
+    start_step: int,
+    validated: int,
+    steps: int,
+    console: Console | None = None,
+  ):
+    """Opens the files of a run.
+
+    Args:
+      workdir: the folder, which exists.
+      start_step: that the run goes on from; what was recorded after it is forgotten.
+      validated: step of the last validation that counts.
+      steps: of the whole run.
+      console: where lines go; None for standard output.
+    """
     self.workdir = pathlib.Path(workdir)
-    self.console = Console(highlight=False, soft_wrap=True)
+    self.console = console or Console(highlight=False, soft_wrap=True)
     self._steps = steps
     self._log = (self.workdir / LOG_FILE).open("a")
     _drop_lines_after(self.workdir / METRICS_FILE, start_step, validated)
@@ -191,7 +208,7 @@ class RunLogger:
     path = self.workdir / CURVES_FILE
     temporary = path.with_name("curves.partial.png")
     with self._tolerated():
-      draw_curves(_read_lines(self.workdir / METRICS_FILE)).savefig(temporary, dpi=110)
+      draw_curves(read_lines(self.workdir / METRICS_FILE)).savefig(temporary, dpi=110)
       temporary.replace(path)
 
 
@@ -259,7 +276,7 @@ def _json(value: float) -> float | None:
   return float(value) if np.isfinite(value) else None
 
 
-def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
   """The objects of a file of JSON lines; a line that was cut by a kill or a full disk is left out."""
   found = []
   for line in path.read_text().splitlines():
@@ -272,7 +289,7 @@ def _drop_lines_after(path: pathlib.Path, step: int, validated: int) -> None:
   """Forgets what an interrupted run recorded beyond its last checkpoint: those steps and validations are made again."""
   if not path.exists():
     return
-  kept = [line for line in _read_lines(path) if line["step"] <= (validated if "val/dice" in line else step)]
+  kept = [line for line in read_lines(path) if line["step"] <= (validated if "val/dice" in line else step)]
   temporary = path.with_name(path.name + ".partial")
   temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
   temporary.replace(path)

@@ -20,6 +20,7 @@ from selfreg_jax import config as configs
 from selfreg_jax import mesh as meshes
 from selfreg_jax import processes
 from selfreg_jax import workdir as workdirs
+from selfreg_jax.analysis.monitor import Monitor
 from selfreg_jax.data import augment, pipeline
 from selfreg_jax.data.manifest import Manifest
 from selfreg_jax.errors import FaultError
@@ -107,6 +108,7 @@ def train_and_evaluate(
     train_step = build_train_step(config, model, optimizer, mesh, scale=manifest.scale)
     tables = meshes.replicate(augment.ResizeTables.build(plan.dataset.shapes, config.data.image_size), mesh)
     validation = Validation(config, manifest, make_apply(model), mesh)
+    monitor = Monitor(config, manifest, model, mesh)
     vote = processes.StopVote(mesh)
     make_logger = RunLogger if processes.is_first() else SilentLogger
     with processes.together(), workdirs.must_be_writable(folder):
@@ -172,13 +174,16 @@ def train_and_evaluate(
         stopping = vote(bool(stop)) and done < plan.steps  # asked once: a signal that comes later finds the next step
         validates = plan.validates_at(done)
         due = bool(config.train.checkpoint_every) and done % config.train.checkpoint_every == 0
-        if validates or stopping or due or done % config.train.log_every == 0:
-          record_training(logger, accumulator, state, done, schedule, explain)
+        analyses = bool(config.train.analyze_every) and done % config.train.analyze_every == 0
+        if validates or stopping or due or analyses or done % config.train.log_every == 0:
+          record_training(logger, *accumulator.read(), state, done, schedule, explain)
+        if analyses and not stopping:
+          monitor.run(logger, state, done)
         if validates and not stopping:
           validate(done)
         elif due and not stopping:
           saver.save(state, best, None)
-        if validates or due:
+        if validates or due or analyses:
           accumulator.restart()
         if stopping:
           leave(done, saved=False)
@@ -211,6 +216,24 @@ def build_train_step(
     The jitted function of (state, which is given away; batch of stored slices with "tables") that gives the next state
     and `StackedMetrics`.
   """
+  step = make_run_step(config, model, optimizer, scale=scale)
+  return meshes.jit_for(mesh, step, donate_argnums=0, out_shardings=meshes.replicated(mesh))
+
+
+def make_run_step(
+  config: ml_collections.ConfigDict, model: nn.Module, optimizer: optax.GradientTransformation, *, scale: float
+) -> Callable[[TrainState, Batch], tuple[TrainState, StackedMetrics]]:
+  """The training step of a run as a pure function.
+
+  Args:
+    config: of the run; the numbers of its section `loss` may be traced arrays.
+    model: network.
+    optimizer: of its parameters.
+    scale: stored values * scale = network input.
+
+  Returns:
+    Function of (state, batch of stored slices with "tables") that gives the next state and `StackedMetrics`.
+  """
   step = make_train_step(
     model,
     make_loss(config.loss),
@@ -220,7 +243,7 @@ def build_train_step(
     ema_decay=config.train.ema_decay,
     most_skips=config.train.most_skips if config.train.on_nonfinite == "skip" else 0,
   )
-  return meshes.jit_for(mesh, stack_metrics(step), donate_argnums=0, out_shardings=meshes.replicated(mesh))
+  return stack_metrics(step)
 
 
 class Saver:
@@ -348,26 +371,44 @@ class MetricAccumulator:
 
   def read(self) -> tuple[list[dict[str, float]], dict[str, float]]:
     """Metrics of each step since the last reading, and the pace: slices a second, share of time without a batch."""
-    steps = [metrics.named() for metrics in jax.device_get(self._pending)]  # all are on their way before one is awaited
+    collected, pace = self.take()
+    return [metrics.named() for metrics in collected], pace
+
+  def take(self) -> tuple[list[StackedMetrics], dict[str, float]]:
+    """What `read` gives, the metrics as they came from the steps, in NumPy arrays."""
+    collected = jax.device_get(self._pending)  # all are on their way before one is awaited
     seconds = time.monotonic() - self._start
     pace = {
-      "slices_per_second": self._batch_size * len(steps) / seconds,
+      "slices_per_second": self._batch_size * len(collected) / seconds,
       "waiting_for_data": self._feed.waited / seconds,
     }
     self.restart()
-    return steps, pace
+    return collected, pace
 
 
 def record_training(
   logger: RunLogger,
-  accumulator: MetricAccumulator,
+  steps: Sequence[dict[str, float]],
+  pace: dict[str, float],
   state: TrainState,
   step: int,
   schedule: optax.Schedule,
   explain: Callable[[RunLogger, TrainState, int, str], str],
 ) -> None:
-  """Writes the mean metrics since the last record, or stops the run if one of these steps was not finite."""
-  steps, pace = accumulator.read()
+  """Writes the mean metrics since the last record, or stops the run if one of these steps was not finite.
+
+  Args:
+    logger: takes them.
+    steps: metrics of each step since the last record.
+    pace: of these steps, see `MetricAccumulator.read`.
+    state: after them.
+    step: how many were taken in all.
+    schedule: of the learning rate.
+    explain: of a step that was not finite, see `explain_failure`.
+
+  Raises:
+    TrainingDivergedError: one of the steps was not finite.
+  """
   failed = int(state.nonfinite_step)
   if failed != NO_STEP:
     terms = steps[failed - (step - len(steps))]

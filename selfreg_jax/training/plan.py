@@ -90,7 +90,8 @@ def make_plan(
     raise UserError("config.train.patience stops by the validation Dice, but the validation split is empty; give 0")
   check_published_classes(config, manifest)
   dataset = pipeline.SliceDataset(config.data.dir, manifest)
-  sampling = pipeline.Sampling(config.data.batch_size, config.seed, config.data.foreground_fraction)
+  order_seed = config.seed if config.data.order_seed < 0 else config.data.order_seed
+  sampling = pipeline.Sampling(config.data.batch_size, order_seed, config.data.foreground_fraction)
   pipeline.records(dataset, sampling)  # raises where there is no foreground to draw
   steps_per_epoch = math.ceil(len(dataset) / config.data.batch_size)
   return Plan(

@@ -71,8 +71,7 @@ def begin(
     return create_state(variables, optimizer, jax.random.key(config.seed), ema=config.train.ema_decay > 0)
 
   def random_state() -> TrainState:
-    key = named_key(jax.random.key(config.seed), "init")
-    return new_state(initial_variables(model, key, config.data.image_size, manifest.channels))
+    return state_at_random(plan, model, optimizer)
 
   resumed = resume(folder, plan, jax.eval_shape(random_state), override=override)
   if resumed:
@@ -90,6 +89,13 @@ def begin(
   given = meshes.replicate(jax.device_get(variables), mesh)
   state = jax.jit(new_state, out_shardings=everywhere)(given)
   return Start(state, init_from=config.init_from, notes=tuple(origin))
+
+
+def state_at_random(plan: Plan, model: nn.Module, optimizer: optax.GradientTransformation) -> TrainState:
+  """The state before the first step of a run without given weights, drawn from its seed; `jax.eval_shape` takes it."""
+  config, key = plan.config, jax.random.key(plan.config.seed)
+  variables = initial_variables(model, named_key(key, "init"), config.data.image_size, plan.manifest.channels)
+  return create_state(variables, optimizer, key, ema=config.train.ema_decay > 0)
 
 
 def resume(folder: pathlib.Path, plan: Plan, abstract_state: TrainState, *, override: bool) -> Start | None:

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from selfreg_jax import losses
+from selfreg_jax import loss_parts, losses
 from selfreg_jax.features import COLLECTION, Features
 
 Array = jax.Array
@@ -118,15 +118,23 @@ def named_key(key: Array, name: str) -> Array:
 
 
 def make_loss(config: ml_collections.ConfigDict) -> LossFn:
-  """The loss of `config.loss`: ce_weight * CE + dice_weight * Dice + self-regularization.
+  """The loss of `config.loss`: ce_weight * CE + dice_weight * Dice + self-regularization + deep supervision.
 
   Args:
-    config: the section `loss` of a run's config.
+    config: the section `loss` of a run's config. Weights and `ifd_p` may be traced arrays; a weight that is the Python
+      number 0 skips its term, a traced 0 computes and multiplies it.
 
   Returns:
     Function of (logits (B, H, W, classes), features, batch with "label" (B, H, W), key) that gives the loss and its
-    terms: "ce", "dice", and those of `self_regularization`.
+    terms: "ce", "dice", those of `self_regularization`, and where there is deep supervision "deep_supervision" and each
+    head's "deep_supervision/decoder_1", ...
   """
+  parts = {field.removeprefix("scr_"): loss_parts.resolve(field, config[field]) for field in loss_parts.SHIPPED}
+
+  def base_loss(logits: Array, labels: Array) -> Array:
+    return config.ce_weight * losses.cross_entropy(logits, labels) + config.dice_weight * losses.soft_dice(
+      logits, labels
+    )
 
   def loss_fn(logits: Array, features: Features, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
     terms = {
@@ -140,9 +148,15 @@ def make_loss(config: ml_collections.ConfigDict) -> LossFn:
       ifd_weight=config.ifd_weight,
       order=config.ifd_order,
       p=config.ifd_p,
+      stop_gradient=config.ifd_stop_gradient,
+      **parts,
     )
-    base = config.ce_weight * terms["ce"] + config.dice_weight * terms["dice"]
-    return base + regularization, terms | regularization_terms
+    total = config.ce_weight * terms["ce"] + config.dice_weight * terms["dice"] + regularization
+    if features.auxiliary:
+      mean, heads = losses.deep_supervision(features.auxiliary, batch["label"], base_loss)
+      terms |= {"deep_supervision": mean} | {f"deep_supervision/{name}": term for name, term in heads.items()}
+      total += config.deep_supervision_weight * mean
+    return total, terms | regularization_terms
 
   return loss_fn
 

@@ -291,3 +291,15 @@ def test_weights_of_something_else_are_refused(swin_weights, unet_weights):
   broken = swin_weights | {"norm.bias": np.full(16, np.nan)}
   with pytest.raises(UserError, match=r"NaN or infinite values in norm\.bias"):
     sr.from_pytorch(broken, sr.SwinUNet(num_classes=3, **SMALL), image_size=24)
+
+
+def test_heads_of_deep_supervision_keep_initial_values_and_do_not_go_out():
+  plain = sr.UNet(num_classes=2, widths=(4, 6, 8))
+  model = sr.UNet(num_classes=2, widths=(4, 6, 8), deep_supervision=True)
+  weights = sr.to_pytorch(plain.init(jax.random.key(0), jnp.zeros((1, 16, 16, 1)), train=False), plain)
+  variables = sr.from_pytorch(weights, model)
+  assert variables["params"]["auxiliary1"]["kernel"].shape == (1, 1, 4, 2)
+  exported = sr.to_pytorch(variables, model)
+  assert exported.keys() == weights.keys()
+  for name, array in weights.items():
+    np.testing.assert_array_equal(exported[name], array)

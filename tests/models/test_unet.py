@@ -153,3 +153,28 @@ def test_parameters_number_as_the_authors():
 def test_bad_arguments_are_refused(model, shape, message):
   with pytest.raises(ValueError, match=message):
     jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros(shape), train=False))
+
+
+@pytest.mark.parametrize("upsample", ["bilinear", "transpose"])
+def test_heads_of_deep_supervision_are_there_in_training_only(upsample):
+  fields = {"num_classes": 3, "widths": (4, 6, 8, 8), "upsample": upsample}
+  plain, model = sr.UNet(**fields), sr.UNet(**fields, deep_supervision=True)
+  images = jax.random.normal(jax.random.key(0), (2, 16, 16, 1))
+  variables = model.init(jax.random.key(1), images, train=False)
+  without = jax.eval_shape(lambda: plain.init(jax.random.key(1), images, train=False))
+  assert set(variables["params"]) - set(without["params"]) == {"auxiliary1", "auxiliary2"}
+  np.testing.assert_array_equal(
+    model.apply(variables, images, train=False), plain.apply(drop_heads(variables), images, train=False)
+  )
+  _, updated = model.apply(variables, images, train=True, mutable=["batch_stats", "features"])
+  features = sr.Features.from_sown(updated["features"])
+  for i, ((decoder_map,), logits) in enumerate(zip(features.decoder, features.auxiliary, strict=True), 1):
+    head = variables["params"][f"auxiliary{i}"]
+    np.testing.assert_allclose(logits, decoder_map @ head["kernel"][0, 0] + head["bias"], atol=1e-5)
+  _, updated = model.apply(variables, images, train=False, mutable=["features"])
+  assert sr.Features.from_sown(updated["features"]).auxiliary == ()
+
+
+def drop_heads(variables):
+  params = {name: tree for name, tree in variables["params"].items() if not name.startswith("auxiliary")}
+  return {**variables, "params": params}

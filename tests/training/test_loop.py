@@ -378,3 +378,23 @@ def test_a_fold_trains_on_the_other_folds(prepared, small_config, tmp_path, monk
   small_config.data.fold = 0
   with pytest.raises(UserError, match=r"config.data.fold: 1 -> 0"):
     train(small_config, tmp_path)
+
+
+def test_the_order_of_slices_follows_its_own_seed_where_there_is_one(small_config, tmp_path):
+  def records_of(seed, order_seed):
+    small_config.seed, small_config.data.order_seed = seed, order_seed
+    return make_plan(small_config, tmp_path, jax.devices()[:1]).stream()[0]["record"].tolist()
+
+  assert records_of(1, 5) == records_of(2, 5) == records_of(5, -1)
+  assert records_of(1, -1) != records_of(2, -1)
+
+
+def test_checkpoints_after_a_step_can_be_forgotten(whole_run, tmp_path):
+  config, workdir, expected = whole_run
+  shutil.copytree(workdir, tmp_path / "run")
+  checkpoints.forget_after(tmp_path / "run", 3)
+  assert steps_saved(tmp_path / "run") == [3]
+  assert {path.name for path in (tmp_path / "run").iterdir()} == {path.name for path in workdir.iterdir()}
+  assert trees_equal(variables_of(train(config, tmp_path / "run")), expected)
+  checkpoints.forget_after(tmp_path / "run", 0)
+  assert steps_saved(tmp_path / "run") == []

@@ -152,6 +152,9 @@ def test_the_loss_follows_every_field_of_its_config(small):
     "ifd_weight": 2.0,
     "ifd_order": "index",
     "ifd_p": 1.0,
+    "scr_teacher": "deepest_decoder",
+    "scr_pairing": "cosine",
+    "scr_pool": f"{__name__}:corner",
   }
   base = jax.jit(make_train_step(model, make_loss(base_config().loss), optax.sgd(0.1)))(state, batch)[1]["total"]
   for name, value in changes.items():
@@ -159,6 +162,40 @@ def test_the_loss_follows_every_field_of_its_config(small):
     config[name] = value
     changed = jax.jit(make_train_step(model, make_loss(config), optax.sgd(0.1)))(state, batch)[1]["total"]
     assert abs(float(changed) - float(base)) > 1e-6, name
+
+
+def corner(feature_map, size):
+  """A pooling of one's own: the corner of a map."""
+  return feature_map[:, : size[0], : size[1]]
+
+
+def test_a_loss_with_traced_numbers_is_that_of_python_ones(small):
+  _, state, batch = small
+  model = sr.UNet(num_classes=3, widths=(4, 6, 8))
+  numbers = {"ce_weight": 0.3, "dice_weight": 0.9, "scr_weight": 0.0, "ifd_weight": 0.2, "ifd_p": 2.0}
+
+  def total(numbers):
+    config = base_config().loss
+    with config.ignore_type():
+      config.update(numbers)
+    return make_train_step(model, make_loss(config), optax.sgd(0.1))(state, batch)[1]["total"]
+
+  static = jax.jit(lambda: total(numbers))()
+  np.testing.assert_allclose(jax.jit(total)(numbers), static, rtol=1e-6)
+
+
+def test_deep_supervision_adds_the_weighted_loss_of_the_heads(small):
+  _, state, batch = small
+  config = base_config().loss
+  config.deep_supervision_weight = 0.7
+  model = sr.UNet(num_classes=3, widths=(4, 6, 8), deep_supervision=True)
+  variables = model.init(jax.random.key(2), batch["image"], train=False)
+  state = create_state(variables, optax.sgd(0.1), state.key)
+  metrics = jax.jit(make_train_step(model, make_loss(config), optax.sgd(0.1)))(state, batch)[1]
+  base = config.ce_weight * metrics["ce"] + config.dice_weight * metrics["dice"]
+  base += config.scr_weight * metrics["scr"] + config.ifd_weight * metrics["ifd"]
+  np.testing.assert_allclose(metrics["total"], base + 0.7 * metrics["deep_supervision"], rtol=1e-6)
+  np.testing.assert_allclose(metrics["deep_supervision"], metrics["deep_supervision/decoder_1"], rtol=1e-6)
 
 
 def test_a_step_that_is_not_finite_freezes_the_state(small):
