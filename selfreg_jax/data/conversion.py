@@ -29,7 +29,7 @@ from selfreg_jax.data import cases, datasets, json_files, manifest, staging
 from selfreg_jax.data.datasets import RawCase
 from selfreg_jax.data.manifest import Case, Intensity
 from selfreg_jax.data.readers import CaseFaultsError, Content, Reading
-from selfreg_jax.errors import EXIT_FAULT
+from selfreg_jax.workers import start_worker
 
 _RECORD_VERSION = 1  # to be raised when cases are converted or described in another way
 _SECONDS_BETWEEN_LINES = 5.0
@@ -287,7 +287,7 @@ def convert_all(jobs: Sequence[Job], workers: int) -> list[Outcome]:
 
 def _convert_in_processes(jobs: Sequence[Job], workers: int, advance: Callable[[], None]) -> list[Outcome]:
   executor = concurrent.futures.ProcessPoolExecutor(
-    workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
+    workers, mp_context=multiprocessing.get_context("spawn"), initializer=start_worker
   )
   with _interrupted_once():
     try:
@@ -323,17 +323,6 @@ def _interrupted_once() -> Iterator[None]:
     yield
   finally:
     signal.signal(signal.SIGINT, before)
-
-
-def _start_worker() -> None:
-  """Leaves Ctrl-C to the main process, and ends the worker if that is killed: it would wait for work for ever."""
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
-  threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-  multiprocessing.parent_process().join()
-  os._exit(EXIT_FAULT)
 
 
 @contextlib.contextmanager

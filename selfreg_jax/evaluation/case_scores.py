@@ -15,6 +15,7 @@ from selfreg_jax.data.manifest import Case, CaseArrays, Manifest
 from selfreg_jax.errors import UserError
 from selfreg_jax.evaluation import class_maps, protocols, report
 from selfreg_jax.evaluation.postprocess import keep_largest_components
+from selfreg_jax.workers import start_worker
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -140,7 +141,9 @@ def score_all(scorer: CaseScorer, predictions: Iterable[Prediction], *, workers:
   if workers == 1:
     yield from map(scorer, predictions)
     return
-  with concurrent.futures.ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as executor:
+  with concurrent.futures.ProcessPoolExecutor(
+    workers, mp_context=multiprocessing.get_context("spawn"), initializer=start_worker
+  ) as executor:
     pending = collections.deque()
     try:
       for prediction in predictions:

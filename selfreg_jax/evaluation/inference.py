@@ -108,8 +108,9 @@ class SlicePredictor:
   """Predicts volumes slice by slice with the protocol of TransUNet and of the authors.
 
   Each slice is resized by cubic B-splines to the network's size, the class map is brought back by nearest neighbours.
-  The network sees one shape only, whatever the volumes: batches of `batch_size` slices of image_size x image_size. Only
-  the resize, which is two matrix products, is compiled for each native size.
+  The network sees one shape only, whatever the volumes: batches of `batch_size` slices of image_size x image_size. An
+  image, a case of one slice, goes alone: a batch of it would be computed for its padding. Only the resize, which is two
+  matrix products, is compiled for each native size.
 
   Attributes:
     image_size: pixels a side that the network sees.
@@ -217,10 +218,11 @@ class SlicePredictor:
       return part, tuple(np.asarray(array)[: part.stop - part.start] for array in results)
 
     pending = None
-    for start in range(0, len(slices), self.batch_size):
-      batch = np.asarray(slices[start : start + self.batch_size])
+    batch_size = self.batch_size if len(slices) > 1 else self._mesh.size
+    for start in range(0, len(slices), batch_size):
+      batch = np.asarray(slices[start : start + batch_size])
       part = slice(start, start + len(batch))
-      batch = np.pad(batch, [(0, self.batch_size - len(batch))] + [(0, 0)] * 3)
+      batch = np.pad(batch, [(0, batch_size - len(batch))] + [(0, 0)] * 3)
       images = _resize(meshes.place_batch(batch, self._mesh), scale, tables)
       results = finish(predict_fn(images))
       if pending is not None:

@@ -10,6 +10,7 @@ from selfreg_jax.errors import FaultError
 
 _BATCHES_ON_DEVICE = 2
 _SECONDS_TO_END = 10
+_SECONDS_OF_A_WAIT = 0.5
 
 
 class Feed:
@@ -65,6 +66,22 @@ class Feed:
       except queue.Full:
         continue
 
+  def _wait(self) -> Any:
+    """The next item; raises queue.Empty after the timeout.
+
+    Waits are short and each counts as no more than was waited for: time in which the whole process was suspended (by
+    Ctrl-Z, by a cluster that makes room for another job) is not reading that hangs.
+    """
+    left = self._timeout
+    while True:
+      seconds = min(left, _SECONDS_OF_A_WAIT)
+      try:
+        return self._queue.get(timeout=seconds)
+      except queue.Empty:
+        left -= seconds
+        if left <= 0:
+          raise
+
   def next(self) -> Any:
     """The next batch on the devices.
 
@@ -73,7 +90,7 @@ class Feed:
     """
     start = time.monotonic()
     try:
-      item = self._queue.get(timeout=self._timeout)
+      item = self._wait()
     except queue.Empty:
       self._hangs = True
       raise FaultError(

@@ -80,7 +80,7 @@ def train_and_evaluate(
   Raises:
     UserError: the config, the data or the workdir cannot be used.
     TrainingDivergedError: the loss became NaN or infinite.
-    TrainingInterruptedError: SIGTERM or SIGINT came; the last step is finished and saved.
+    TrainingInterruptedError: SIGTERM, SIGINT or SIGHUP came; the last step is finished and saved.
     FaultError: data could not be read, a checkpoint not written, or another process was lost.
   """
   # 1. Everything that can be wrong, before any compute.

@@ -1,16 +1,20 @@
-"""SIGTERM and SIGINT during training: finish the step, save, and leave with an exit code that says "resumable"."""
+"""SIGTERM, SIGINT and SIGHUP during training: finish the step, save, leave with an exit code that says "resumable".
+
+SIGHUP is what a process gets when its terminal is closed or its connection lost. One that was started to ignore it
+(nohup) goes on ignoring it.
+"""
 
 import contextlib
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from selfreg_jax.errors import EXIT_RESUMABLE
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class TrainingInterruptedError(Exception):
@@ -19,12 +23,37 @@ class TrainingInterruptedError(Exception):
 
 def leave_at_signals() -> None:
   """From now on a signal that comes outside of `stop_requests`, before or after training steps, ends the process."""
-  for number in _SIGNALS:
-    signal.signal(number, _leave)
+  terminals = _terminals()
+
+  def leave(number: int, frame: object) -> NoReturn:
+    del frame
+    _leave(number, terminals)
+
+  for number in _heeded():
+    signal.signal(number, leave)
 
 
-def _leave(number: int, frame: object) -> NoReturn:
-  del frame
+def _heeded() -> list[signal.Signals]:
+  ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+  return [number for number in _SIGNALS if number != signal.SIGHUP or not ignored]
+
+
+def _terminals() -> list[int]:
+  """Which of standard output and error are terminals; one that was closed can no longer be asked."""
+  return [number for number in (1, 2) if os.isatty(number)]
+
+
+def _replace_closed(terminals: Sequence[int], number: int) -> None:
+  """After SIGHUP: a line that is written to the closed terminal would be an error, and end the run unsaved."""
+  if number == signal.SIGHUP:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for terminal in terminals:
+      os.dup2(nowhere, terminal)
+    os.close(nowhere)
+
+
+def _leave(number: int, terminals: Sequence[int]) -> NoReturn:
+  _replace_closed(terminals, number)
   name = signal.Signals(number).name
   print(f"stopped by {name} outside of training steps; nothing is lost, the same command continues", file=sys.stderr)
   sys.stderr.flush()
@@ -43,7 +72,9 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-  """Turns the first SIGTERM or SIGINT into a request; a second one ends the process at once.
+  """Turns the first signal into a request; a second SIGTERM or SIGINT ends the process at once.
+
+  A second SIGHUP does not: shells send one more when a terminal closes.
 
   Yields:
     The request, false until a signal comes. Outside the main thread signals cannot be caught, and it stays false.
@@ -52,15 +83,17 @@ def stop_requests() -> Iterator[StopRequest]:
   if threading.current_thread() is not threading.main_thread():
     yield request
     return
-  previous = {number: signal.getsignal(number) for number in _SIGNALS}
+  previous = {number: signal.getsignal(number) for number in _heeded()}
+  terminals = _terminals()
 
   def handle(number: int, frame: object) -> None:
     del frame
+    _replace_closed(terminals, number)
     request.signal_name = signal.Signals(number).name
-    for both in _SIGNALS:
-      signal.signal(both, signal.SIG_DFL)
+    for heeded in previous:
+      signal.signal(heeded, signal.SIG_IGN if heeded == signal.SIGHUP else signal.SIG_DFL)
 
-  for number in _SIGNALS:
+  for number in previous:
     signal.signal(number, handle)
   try:
     yield request

@@ -75,6 +75,20 @@ def test_batches_are_split_over_the_devices_and_equal_one_device():
   np.testing.assert_array_equal(eight.classes(threshold_fn, volume), one.classes(threshold_fn, volume))
 
 
+def test_an_image_is_not_computed_for_its_padding():
+  volume = np.random.default_rng(0).normal(size=(2, 16, 16, 1)).astype(np.float32)
+  sizes = []
+
+  def watching(images):
+    sizes.append(len(images))
+    return threshold_fn(images)
+
+  predictor = inference.SlicePredictor(16, 6, meshes.make_mesh(jax.devices()[:1]))
+  image = predictor.classes(watching, volume[:1])
+  np.testing.assert_array_equal(image, predictor.classes(watching, volume)[:1])
+  assert sizes == [1, 6]
+
+
 def sliding_fn(images):
   """A network without symmetry: class 1 where the pixel is brighter than its left neighbour, in graded logits."""
   step = images[..., 0] - jnp.roll(images[..., 0], 1, axis=2)

@@ -1,4 +1,8 @@
 import itertools
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -51,6 +55,34 @@ def test_reading_that_hangs_is_told_in_time():
     feed.next()
   hang.set()
   assert time.monotonic() - start < 5
+
+
+# Reading goes on for 0.8 s of the process's own time, of which it is suspended between.
+SLOW_READER = """
+import time
+from selfreg_jax.training.feed import Feed
+
+def batches():
+  print("reading", flush=True)
+  for _ in range(8):
+    time.sleep(0.1)
+  yield "a batch"
+
+with Feed(batches(), lambda batch: batch, start_step=0, timeout=3.0, describe=str) as feed:
+  print(feed.next())
+"""
+
+
+def test_a_suspended_process_is_not_taken_to_hang():
+  command = [sys.executable, "-c", SLOW_READER]
+  with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    assert process.stdout.readline() == "reading\n"
+    time.sleep(0.2)
+    os.kill(process.pid, signal.SIGSTOP)
+    time.sleep(3.5)
+    os.kill(process.pid, signal.SIGCONT)
+    output, errors = process.communicate(timeout=60)
+  assert output == "a batch\n", errors
 
 
 def test_nothing_is_placed_once_it_is_closed():

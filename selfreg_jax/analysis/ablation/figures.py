@@ -123,7 +123,8 @@ def draw_bars(summary: Mapping[str, Any]) -> Figure:
   scores.set_yticks(places, names, fontsize=9)
   scores.invert_yaxis()
   scores.set_xlabel("Dice %")
-  scores.set_xlim(left=0)  # a bar's length is what it says; small differences are for the plot beside it
+  # A bar's length is what it says; small differences are for the plot beside it. Intervals may pass the possible.
+  scores.set_xlim(0, min(scores.get_xlim()[1], 100))
   figure.legend(*scores.get_legend_handles_labels(), fontsize=8, ncols=2, loc="outside lower center")
   differences.axvline(0, color="black", linewidth=0.8)
   differences.set_xlabel(f"difference to {summary['reference']}, Dice points (paired by seed)")
@@ -135,19 +136,21 @@ def draw_bars(summary: Mapping[str, Any]) -> Figure:
 
 
 def draw_curves(outcomes: Sequence[Outcome]) -> Figure:
-  """Total loss and validation Dice over the step: a colour a variant, a thin line a seed, a thick one their mean."""
+  """Training and validation over the step: a colour a variant, a thin line a seed, a thick one their mean.
+
+  The training loss is the part that all variants have: with the terms in which they differ it could not be compared.
+  """
   figure = Figure(figsize=(11, 4), layout="constrained")
   variants = list(dict.fromkeys(outcome.run.variant for outcome in outcomes))
-  for axes, (name, title) in zip(
-    figure.subplots(1, 2), {"train/total": "training loss", "val/dice": "validation Dice"}.items(), strict=True
-  ):
+  plots = {"weighted CE + Dice loss in training": _base_losses, "validation Dice": _validations}
+  for axes, (title, points_of) in zip(figure.subplots(1, 2), plots.items(), strict=True):
     for number, variant in enumerate(variants):
       # Beyond the seven colours they repeat with other lines.
       style = {"color": _COLORS[number % len(_COLORS)], "linestyle": ("-", "--", ":")[number // len(_COLORS) % 3]}
       by_step: dict[int, list[float]] = {}
       members = [outcome for outcome in outcomes if outcome.run.variant == variant]
       for outcome in members:
-        points = [(line["step"], line[name]) for line in outcome.lines if line.get(name) is not None]
+        points = points_of(outcome)
         axes.plot(*zip(*points, strict=True), linewidth=0.6, alpha=0.45, **style) if points else None
         for step, value in points:
           by_step.setdefault(step, []).append(value)
@@ -161,6 +164,20 @@ def draw_curves(outcomes: Sequence[Outcome]) -> Figure:
     if axes.get_legend_handles_labels()[0]:
       axes.legend(fontsize=7)
   return figure
+
+
+def _base_losses(outcome: Outcome) -> list[tuple[int, float]]:
+  """(step, loss without regularization and deep supervision) of each record of a run."""
+  weights, parts = outcome.run.config.loss, ("train/ce", "train/dice")
+  return [
+    (line["step"], weights.ce_weight * line["train/ce"] + weights.dice_weight * line["train/dice"])
+    for line in outcome.lines
+    if all(line.get(part) is not None for part in parts)
+  ]
+
+
+def _validations(outcome: Outcome) -> list[tuple[int, float]]:
+  return [(line["step"], line["val/dice"]) for line in outcome.lines if line.get("val/dice") is not None]
 
 
 def _dice(summary: Mapping[str, Any], name: str, protocol: str, *, difference: bool = False) -> dict[str, Any] | None:

@@ -67,7 +67,7 @@ def train_group(
 
   Raises:
     UserError: the config, the data or a workdir cannot be used, or not even one run fits into memory.
-    TrainingInterruptedError: SIGTERM or SIGINT came; the last step is finished and saved.
+    TrainingInterruptedError: SIGTERM, SIGINT or SIGHUP came; the last step is finished and saved.
     FaultError: data could not be read, or a checkpoint not written.
   """
   for runs in resumable_parts(group.runs, folder_of):

@@ -63,7 +63,7 @@ def run_ablation(design: Design, workdir: str | os.PathLike, options: Options, *
 
   Raises:
     UserError: a config, the data or a workdir cannot be used.
-    TrainingInterruptedError: SIGTERM or SIGINT came; the same command continues.
+    TrainingInterruptedError: SIGTERM, SIGINT or SIGHUP came; the same command continues.
     FaultError: runs diverged (the tables are written without them), or data could not be read or saved.
   """
   folder = pathlib.Path(workdir)

@@ -40,7 +40,7 @@ def made_up(variants, seeds, reference, dice_of):
         "classes": {"organ": {"dice": dice + 0.1, **metrics}, "other": {"dice": dice - 0.1, **metrics}},
       }
       summary = {"protocols": {"sound": blocks, "paper": blocks}, "checkpoint": {"step": 7, "val_dice": 0.5}}
-    lines = [{"step": step, "val/dice": 0.1 * step, "train/total": 1 / step} for step in (1, 2, 3)]
+    lines = [{"step": step, "val/dice": 0.1 * step, "train/ce": 1 / step, "train/dice": 0.2} for step in (1, 2, 3)]
     outcomes.append(Outcome(one, record, summary, lines))
   return design, outcomes
 
@@ -95,6 +95,17 @@ def test_tables_and_pictures_are_written(tmp_path):
   assert json.loads((tmp_path / "summary.json").read_text())["variants"].keys() == TERMS.keys()
   names = {"results.csv", "summary.json", "table.md", "ablation.png", "ablation.pdf", "curves.png"}
   assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_curves_show_the_loss_that_all_variants_have_and_its_mean_over_seeds():
+  _, outcomes = made_up(TERMS, (0, 1), "none", lambda variant, seed: 0.5)
+  training, validation = figures.draw_curves(outcomes).axes
+  weights = outcomes[0].run.config.loss
+  expected = weights.ce_weight / np.array([1, 2, 3]) + weights.dice_weight * 0.2
+  assert len(training.get_lines()) == 3 * (2 + 1)
+  for line in training.get_lines():
+    np.testing.assert_allclose(line.get_ydata(), expected)
+  np.testing.assert_allclose(validation.get_lines()[0].get_ydata(), [0.1, 0.2, 0.3])
 
 
 def test_sweeps_over_the_weights_are_drawn_over_lambda():
