@@ -6,9 +6,10 @@ The forward pass alone is compared with PyTorch's eager one and with that throug
 Both networks hold the same weights. On a GPU both compute in bfloat16 (PyTorch by autocast). Equal: the class maps, in
 all but 1e-4 of the voxels (ties of the argmax), in bfloat16 in all but 2 %.
 
-python -m benchmarks.volume_inference [--short] [--json]
+python -m benchmarks.volume_inference [--short] [--json] [--slices=30,75,150] [--rounds=3]
 """
 
+import argparse
 import functools
 import multiprocessing
 from typing import Any
@@ -160,12 +161,23 @@ def _peak_memory(side: str, count: int, shape: tuple[int, int], widths: tuple[in
   return measuring.peak_growth(lambda: predict(slices))
 
 
-def _forward_row(ours: Ours, network: Any, size: int, *, short: bool, notes: list[str]) -> measuring.Row:
+def _options() -> argparse.Namespace:
+  parser = measuring.parser(__doc__)
+  parser.add_argument(
+    "--slices",
+    type=lambda text: tuple(map(int, text.split(","))),
+    help="of the volumes, small to large; 30,75,150, or 8,30 with --short",
+  )
+  parser.add_argument("--rounds", type=int, default=3, help="timed runs of each side")
+  return parser.parse_args()
+
+
+def _forward_row(ours: Ours, network: Any, size: int, options: argparse.Namespace, notes: list[str]) -> measuring.Row:
   """A batch through the network alone, against the faster of PyTorch's two ways."""
   images = np.random.default_rng(0).random((_BATCH, size, size, 1), np.float32)
   name = f"forward pass alone, {_BATCH} slices"
   sides = {"ours": lambda: jax.block_until_ready(ours.forward(images))}
-  for way in ("eager",) if short else ("eager", "torch.compile"):
+  for way in ("eager",) if options.short else ("eager", "torch.compile"):
     theirs = Theirs(network, size, compiled=way != "eager")
     try:
       logits = np.moveaxis(theirs.forward(images).float().cpu().numpy(), 1, -1)
@@ -176,34 +188,35 @@ def _forward_row(ours: Ours, network: Any, size: int, *, short: bool, notes: lis
       continue
     measuring.require_equal(f"{name} ({way})", ours.forward(images), logits, rtol=_LOGITS[dtype()])
     sides[way] = functools.partial(theirs.forward, images)
-  timings = measuring.alternate(sides, rounds=3 if short else 7)
+  timings = measuring.alternate(sides, rounds=options.rounds)
   mine = timings.pop("ours")
   way = min(timings, key=lambda way: timings[way].median)
-  target = None if short else _TARGETS.get(jax.default_backend())
+  target = None if options.short else _TARGETS.get(jax.default_backend())
   others = {way: timing.to_json() for way, timing in timings.items()}
   return measuring.timed_row(f"{name} ({way})", mine, timings[way], target=target, all_pytorch=others)
 
 
 def main() -> None:
   """Measures and prints."""
-  options = measuring.parser(__doc__).parse_args()
-  widths, size, shape, counts, rounds = (64, 128, 256, 512, 512), 224, (512, 512), (30, 75, 150), 3
+  options = _options()
+  widths, size, shape = (64, 128, 256, 512, 512), 224, (512, 512)
   if options.short:
-    widths, size, shape, counts = (8, 16, 16), 64, (128, 128), (8, 30)
+    widths, size, shape = (8, 16, 16), 64, (128, 128)
+  counts = options.slices or ((8, 30) if options.short else (30, 75, 150))
   network = make_network(widths)
   ours, theirs = Ours(network, widths, size), Theirs(network, size)
   volume, _ = made_data.slices(counts[-1], shape, 1, "uint16", 0)
 
   differing = require_equal_maps(ours(volume[: counts[0]]), theirs(volume[: counts[0]]))
-  rows, notes = [], []
+  notes: list[str] = []
+  rows = [_forward_row(ours, network, size, options, notes)]
   for count in counts:
     part = volume[:count]
     sides = {"ours": functools.partial(ours, part), "other": functools.partial(theirs, part)}
-    timings = measuring.alternate(sides, rounds=rounds, warmup=0)
+    timings = measuring.alternate(sides, rounds=options.rounds, warmup=0)
     name = f"{count} slices of {shape[0]}x{shape[1]}"
     rows.append(measuring.timed_row(name, timings["ours"], timings["other"]))
-  rows.append(_forward_row(ours, network, size, short=options.short, notes=notes))
-  for count in (counts[0], counts[-1]):
+  for count in sorted({counts[0], counts[-1]}):
     memory = {side: peak_memory(side, count, shape, widths, size) for side in ("ours", "other")}
     rows.append(measuring.Row(f"peak memory, {count} slices", memory["ours"], memory["other"], unit="MiB"))
   measuring.present(
