@@ -3,7 +3,7 @@
   python -m selfreg_jax.analysis.ablation --config=configs/ablation_terms.py --workdir=runs/ablation_terms
 
 Behind a colon any config file of this folder as the base of all variants: `:quickstart` (the default, on the phantom),
-`:glas_narrow` and `:monuseg_narrow` (about an hour each on two CPU cores), `:glas_unet`, `:monuseg_unet`, ...
+`:glas_narrow` and `:monuseg_narrow` (about half an hour each on two CPU cores), `:glas_unet`, `:monuseg_unet`, ...
 """
 
 from selfreg_jax.analysis.ablation.design import ablation_config, load_run
