@@ -24,4 +24,5 @@ def test_the_pinned_compiler_knows_its_options():
   if jax.__version__ != "0.10.2":
     pytest.skip("another version than requirements.txt pins may have renamed them")
   assert meshes.compiler_options("cpu")
-  assert not meshes.compiler_options("gpu")
+  assert len(meshes.compiler_options("cpu", once=True)) > len(meshes.compiler_options("cpu"))
+  assert not meshes.compiler_options("gpu", once=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 import optax
 
 from selfreg_jax import config as configs
@@ -70,14 +71,16 @@ def begin(
   def new_state(variables: Any) -> TrainState:
     return create_state(variables, optimizer, jax.random.key(config.seed), ema=config.train.ema_decay > 0)
 
-  def random_state() -> TrainState:
-    return state_at_random(plan, model, optimizer)
+  def random_state(key_data: jax.Array) -> TrainState:
+    return state_at_random(plan, model, optimizer, jax.random.wrap_key_data(key_data))
 
-  resumed = resume(folder, plan, jax.eval_shape(random_state), override=override)
+  # An argument of the program, so that runs that differ in their seeds find the same one in the compilation cache.
+  key_data = np.asarray(jax.random.key_data(jax.random.key(config.seed)))
+  resumed = resume(folder, plan, jax.eval_shape(random_state, key_data), override=override)
   if resumed:
     return dataclasses.replace(resumed, state=checkpoints.place(resumed.state, mesh))
   if not config.init_from:
-    return Start(jax.jit(random_state, out_shardings=everywhere)())
+    return Start(meshes.jit_once_for(mesh, random_state, out_shardings=everywhere)(key_data))
   with processes.together():
     variables, origin = warm_start.load(
       config.init_from,
@@ -91,9 +94,18 @@ def begin(
   return Start(state, init_from=config.init_from, notes=tuple(origin))
 
 
-def state_at_random(plan: Plan, model: nn.Module, optimizer: optax.GradientTransformation) -> TrainState:
-  """The state before the first step of a run without given weights, drawn from its seed; `jax.eval_shape` takes it."""
-  config, key = plan.config, jax.random.key(plan.config.seed)
+def state_at_random(
+  plan: Plan, model: nn.Module, optimizer: optax.GradientTransformation, key: jax.Array
+) -> TrainState:
+  """The state before the first step of a run without given weights; `jax.eval_shape` takes it.
+
+  Args:
+    plan: of the run.
+    model: its network.
+    optimizer: whose state belongs to it.
+    key: typed PRNG key of the run.
+  """
+  config = plan.config
   variables = initial_variables(model, named_key(key, "init"), config.data.image_size, plan.manifest.channels)
   return create_state(variables, optimizer, key, ema=config.train.ema_decay > 0)
 

@@ -149,7 +149,7 @@ class GroupProgram:
     self.group = group
     self.layout = layout = Layout.over(len(group.runs), devices)
     model, optimizer, _ = build_run(plan, plan.config)
-    state = jax.eval_shape(lambda: with_raw_key(state_at_random(plan, model, optimizer)))
+    state = jax.eval_shape(lambda: with_raw_key(state_at_random(plan, model, optimizer, jax.random.key(0))))
     numbers = {name: jax.ShapeDtypeStruct((), np.float32) for name in group.numbers}
     over_devices = jax.shard_map(
       make_group_step(plan),
