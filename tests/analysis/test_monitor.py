@@ -14,12 +14,11 @@ from tests.conftest import make_prepared
 
 
 def test_training_writes_the_redundancy_of_every_block(small_config, tmp_path):
-  small_config.train.steps, small_config.train.validate_every, small_config.train.log_every = 4, 4, 2
-  small_config.train.analyze_every = 2
+  small_config.train.analyze_every = 3
   state = train_and_evaluate(small_config, tmp_path / "run", devices=jax.devices()[:1])
   lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
   found = [line for line in lines if any(name.startswith("analysis/") for name in line)]
-  assert [line["step"] for line in found] == [2, 4]
+  assert [line["step"] for line in found] == [3, 6]
   # The same slices, by hand: every slice with foreground of both validation cases, which are no more than 16.
   manifest = manifests.load(small_config.data.dir)
   arrays = manifests.CaseArrays(small_config.data.dir)

@@ -157,15 +157,15 @@ def test_drop_path_rates_rise_evenly_and_the_decoder_mirrors_them(monkeypatch):
   np.testing.assert_allclose(decoder, np.array([4, 5, 2, 3, 0, 1]) * 0.2 / 7)
 
 
-def test_a_traced_drop_path_rate_drops_what_the_same_number_does():
-  x, rngs = jax.random.normal(jax.random.key(0), (2, 24, 24, 1)), {"dropout": jax.random.key(1)}
-  variables = small_variables()
+def test_traced_drop_path_rates_drop_what_the_same_numbers_do():
+  x, rngs = jax.random.normal(jax.random.key(0), (64, 2, 2, 3)), {"dropout": jax.random.key(1)}
 
-  def logits(rate):
-    return sr.SwinUNet(num_classes=3, drop_path=rate, **SMALL).apply(variables, x, train=True, rngs=rngs)
+  def dropped(rate):
+    return swin_unet.DropPath(rate).apply({}, x, train=True, rngs=rngs)
 
-  for rate in (0.5, 0.0):
-    np.testing.assert_allclose(jax.jit(logits)(rate), jax.jit(lambda rate=rate: logits(rate))(), atol=1e-6)
+  rates = 0.5, 0.2, 0.0
+  for ours, rate in zip(jax.jit(jax.vmap(dropped))(jnp.asarray(rates)), rates, strict=True):
+    np.testing.assert_allclose(ours, dropped(rate), rtol=1e-6)
 
 
 def test_drop_path_draws_as_the_dropout_of_flax_does():
@@ -178,21 +178,23 @@ def test_drop_path_draws_as_the_dropout_of_flax_does():
 
 
 def test_heads_of_deep_supervision_are_there_in_training_only():
-  plain = sr.SwinUNet(num_classes=3, **SMALL)
   model = sr.SwinUNet(num_classes=3, **SMALL, deep_supervision=True)
-  images = jnp.ones((1, 24, 24, 1))
-  without = jax.eval_shape(lambda: plain.init(jax.random.key(0), images, train=False))["params"]
-  params = model.init(jax.random.key(0), images, train=False)["params"]
-  stages = len(SMALL["depths"]) - 1
-  assert set(params) - set(without) == {f"auxiliary{i}" for i in range(1, stages + 1)}
-  rngs = {"dropout": jax.random.key(1)}
-  _, updated = model.apply({"params": params}, images, train=True, mutable=["features"], rngs=rngs)
-  features = sr.Features.from_sown(updated["features"])
-  expected = [features.decoder[i][-1] @ params[f"auxiliary{i + 1}"]["kernel"][0, 0] for i in range(stages)]
-  for logits, theirs in zip(features.auxiliary, expected, strict=True):
-    np.testing.assert_allclose(logits, theirs, atol=1e-5)
-  _, updated = model.apply({"params": params}, images, train=False, mutable=["features"])
-  assert sr.Features.from_sown(updated["features"]).auxiliary == ()
+  images = jax.random.normal(jax.random.key(0), (1, 24, 24, 1))
+  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))["params"]
+  params = small_variables()["params"]
+  names = [f"auxiliary{i}" for i in range(1, len(SMALL["depths"]))]
+  assert set(shapes) - set(params) == set(names)
+  heads = {name: {"kernel": jax.random.normal(jax.random.key(2), shapes[name]["kernel"].shape)} for name in names}
+
+  def features(params, train):
+    rngs = {"dropout": jax.random.key(1)}
+    _, updated = model.apply({"params": params}, images, train=train, mutable=["features"], rngs=rngs)
+    return sr.Features.from_sown(updated["features"])
+
+  found = jax.jit(lambda params: features(params, train=True))(params | heads)
+  for name, stage, logits in zip(names, found.decoder, found.auxiliary, strict=True):
+    np.testing.assert_allclose(logits, stage[-1] @ heads[name]["kernel"][0, 0], atol=1e-5)
+  assert jax.eval_shape(lambda params: features(params, train=False), params | heads).auxiliary == ()
 
 
 def test_training_drops_at_random_by_the_key_and_evaluation_does_not():

@@ -160,19 +160,23 @@ def test_heads_of_deep_supervision_are_there_in_training_only(upsample):
   fields = {"num_classes": 3, "widths": (4, 6, 8, 8), "upsample": upsample}
   plain, model = sr.UNet(**fields), sr.UNet(**fields, deep_supervision=True)
   images = jax.random.normal(jax.random.key(0), (2, 16, 16, 1))
-  variables = model.init(jax.random.key(1), images, train=False)
+  variables = jax.jit(lambda: model.init(jax.random.key(1), images, train=False))()
   without = jax.eval_shape(lambda: plain.init(jax.random.key(1), images, train=False))
   assert set(variables["params"]) - set(without["params"]) == {"auxiliary1", "auxiliary2"}
-  np.testing.assert_array_equal(
-    model.apply(variables, images, train=False), plain.apply(drop_heads(variables), images, train=False)
-  )
-  _, updated = model.apply(variables, images, train=True, mutable=["batch_stats", "features"])
-  features = sr.Features.from_sown(updated["features"])
-  for i, ((decoder_map,), logits) in enumerate(zip(features.decoder, features.auxiliary, strict=True), 1):
+
+  @jax.jit
+  def passes(variables):
+    expected = plain.apply(drop_heads(variables), images, train=False)
+    logits, evaluated = model.apply(variables, images, train=False, mutable=["features"])
+    _, trained = model.apply(variables, images, train=True, mutable=["batch_stats", "features"])
+    return expected, logits, sr.Features.from_sown(evaluated["features"]), sr.Features.from_sown(trained["features"])
+
+  expected, logits, evaluated, trained = passes(variables)
+  np.testing.assert_array_equal(logits, expected)
+  assert evaluated.auxiliary == ()
+  for i, ((decoder_map,), auxiliary) in enumerate(zip(trained.decoder, trained.auxiliary, strict=True), 1):
     head = variables["params"][f"auxiliary{i}"]
-    np.testing.assert_allclose(logits, decoder_map @ head["kernel"][0, 0] + head["bias"], atol=1e-5)
-  _, updated = model.apply(variables, images, train=False, mutable=["features"])
-  assert sr.Features.from_sown(updated["features"]).auxiliary == ()
+    np.testing.assert_allclose(auxiliary, decoder_map @ head["kernel"][0, 0] + head["bias"], atol=1e-5)
 
 
 def drop_heads(variables):

@@ -1,3 +1,5 @@
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -142,9 +144,29 @@ def test_terms_add_up_to_the_total(small):
   assert blocks <= set(metrics)
 
 
-def test_the_loss_follows_every_field_of_its_config(small):
+@pytest.fixture(scope="module")
+def loss_inputs(small):
+  """What a loss is given in a training step: logits, features, batch, key."""
   _, state, batch = small
   model = sr.UNet(num_classes=3, widths=(4, 6, 8))
+
+  @jax.jit
+  def forward(variables, images):
+    return model.apply(variables, images, train=True, mutable=["batch_stats", "features"])
+
+  logits, updated = forward(state.variables, batch["image"])
+  return logits, sr.Features.from_sown(updated["features"]), batch, jax.random.key(4)
+
+
+def loss_config(**changes):
+  config = base_config().loss
+  with config.ignore_type():
+    config.update(changes)
+  return config
+
+
+def test_the_loss_follows_every_field_of_its_config(loss_inputs):
+  logits, features, batch, key = loss_inputs
   changes = {
     "ce_weight": 2.0,
     "dice_weight": 2.0,
@@ -156,12 +178,16 @@ def test_the_loss_follows_every_field_of_its_config(small):
     "scr_pairing": "cosine",
     "scr_pool": f"{__name__}:corner",
   }
-  base = jax.jit(make_train_step(model, make_loss(base_config().loss), optax.sgd(0.1)))(state, batch)[1]["total"]
+  base = make_loss(loss_config())(*loss_inputs)[0]
   for name, value in changes.items():
-    config = base_config().loss
-    config[name] = value
-    changed = jax.jit(make_train_step(model, make_loss(config), optax.sgd(0.1)))(state, batch)[1]["total"]
+    changed = make_loss(loss_config(**{name: value}))(*loss_inputs)[0]
     assert abs(float(changed) - float(base)) > 1e-6, name
+
+  def gradient(**changes):
+    loss = make_loss(loss_config(ifd_weight=1.0, **changes))
+    return jax.grad(lambda features: loss(logits, features, batch, key)[0])(features).encoder[0][0]
+
+  assert np.abs(gradient() - gradient(ifd_stop_gradient="top")).max() > 1e-6
 
 
 def corner(feature_map, size):
@@ -169,33 +195,27 @@ def corner(feature_map, size):
   return feature_map[:, : size[0], : size[1]]
 
 
-def test_a_loss_with_traced_numbers_is_that_of_python_ones(small):
-  _, state, batch = small
-  model = sr.UNet(num_classes=3, widths=(4, 6, 8))
+def test_a_loss_with_traced_numbers_is_that_of_python_ones(loss_inputs):
   numbers = {"ce_weight": 0.3, "dice_weight": 0.9, "scr_weight": 0.0, "ifd_weight": 0.2, "ifd_p": 2.0}
 
   def total(numbers):
-    config = base_config().loss
-    with config.ignore_type():
-      config.update(numbers)
-    return make_train_step(model, make_loss(config), optax.sgd(0.1))(state, batch)[1]["total"]
+    return make_loss(loss_config(**numbers))(*loss_inputs)[0]
 
-  static = jax.jit(lambda: total(numbers))()
-  np.testing.assert_allclose(jax.jit(total)(numbers), static, rtol=1e-6)
+  np.testing.assert_allclose(jax.jit(total)(numbers), total(numbers), rtol=1e-6)
 
 
-def test_deep_supervision_adds_the_weighted_loss_of_the_heads(small):
-  _, state, batch = small
-  config = base_config().loss
-  config.deep_supervision_weight = 0.7
-  model = sr.UNet(num_classes=3, widths=(4, 6, 8), deep_supervision=True)
-  variables = model.init(jax.random.key(2), batch["image"], train=False)
-  state = create_state(variables, optax.sgd(0.1), state.key)
-  metrics = jax.jit(make_train_step(model, make_loss(config), optax.sgd(0.1)))(state, batch)[1]
-  base = config.ce_weight * metrics["ce"] + config.dice_weight * metrics["dice"]
-  base += config.scr_weight * metrics["scr"] + config.ifd_weight * metrics["ifd"]
-  np.testing.assert_allclose(metrics["total"], base + 0.7 * metrics["deep_supervision"], rtol=1e-6)
-  np.testing.assert_allclose(metrics["deep_supervision"], metrics["deep_supervision/decoder_1"], rtol=1e-6)
+def test_deep_supervision_adds_the_weighted_loss_of_the_heads(loss_inputs):
+  logits, features, batch, key = loss_inputs
+  config = loss_config(deep_supervision_weight=0.7)
+  heads = dataclasses.replace(features, auxiliary=(jax.random.normal(key, (8, 8, 8, 3)),))
+  without, _ = make_loss(config)(logits, features, batch, key)
+  total, terms = make_loss(config)(logits, heads, batch, key)
+  np.testing.assert_allclose(total, without + 0.7 * terms["deep_supervision"], rtol=1e-6)
+  np.testing.assert_allclose(terms["deep_supervision"], terms["deep_supervision/decoder_1"], rtol=1e-6)
+  labels = batch["label"][:, 1::2, 1::2]
+  ce, dice = sr.cross_entropy(heads.auxiliary[0], labels), sr.soft_dice(heads.auxiliary[0], labels)
+  expected = config.ce_weight * ce + config.dice_weight * dice
+  np.testing.assert_allclose(terms["deep_supervision"], expected, rtol=1e-6)
 
 
 def test_a_step_that_is_not_finite_freezes_the_state(small):
