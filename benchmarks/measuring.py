@@ -125,6 +125,7 @@ class Row:
     target_of_ours: the target is for `ours` itself, not for the ratio.
     higher_is_better: of the values, and so of the ratio.
     compared: give the ratio of both sides; not where it says nothing, as of two shares near 0.
+    ratios: ours / other of each round, where both sides were timed in turns.
     details: further numbers for the JSON.
   """
 
@@ -137,12 +138,15 @@ class Row:
   target_of_ours: bool = False
   higher_is_better: bool = False
   compared: bool = True
+  ratios: Sequence[float] = ()
   details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def ratio(self) -> float | None:
-    """Ours / other; None where there is no other side, or nothing to compare."""
-    return None if self.other is None or not self.compared else self.ours / self.other
+    """Ours / other, the median of the rounds where there are any; None without another side or a comparison."""
+    if self.other is None or not self.compared:
+      return None
+    return float(np.median(self.ratios)) if self.ratios else self.ours / self.other
 
 
 def without_compiler(what: str, error: Exception) -> str:
@@ -151,11 +155,16 @@ def without_compiler(what: str, error: Exception) -> str:
 
 
 def timed_row(name: str, ours: Timing, other: Timing, *, target: float | None = None, **details: Any) -> Row:
-  """A row of two timings taken in turns: medians, their ratio; quartiles of both and of the ratios round by round."""
+  """A row of two timings taken in turns: medians of both, median of the rounds' ratios, quartiles of all three.
+
+  Of what the machine does beside, a round's ratio holds less than each of its times.
+  """
   ratios = Timing(tuple(a / b for a, b in zip(ours.seconds, other.seconds, strict=True)))
   spread = "; ".join(f"{low:.3g}..{high:.3g}" for low, high in (ours.quartiles, other.quartiles, ratios.quartiles))
   runs = {"ours": ours.to_json(), "other": other.to_json(), "ratio_quartiles": ratios.quartiles}
-  return Row(name, ours.median, other.median, spread=spread, target=target, details=runs | details)
+  return Row(
+    name, ours.median, other.median, spread=spread, target=target, ratios=ratios.seconds, details=runs | details
+  )
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

@@ -50,6 +50,7 @@ def test_rows_as_json(capsys):
   content = json.loads(capsys.readouterr().out)
   step, memory = content["rows"]
   assert (step["ours"], step["other"], step["ratio"], step["target"]) == (2.0, 4.0, 0.5, 1.25)
+  assert step["ratios"] == [0.25, 0.75, 0.5]
   assert step["details"]["ours"] == {"median": 2.0, "quartiles": [1.5, 2.5], "seconds": [1.0, 3.0, 2.0]}
   assert step["details"]["ratio_quartiles"] == [0.375, 0.625]  # of 1/4, 3/4 and 2/4: round by round
   assert step["details"]["batch_size"] == 4
@@ -66,6 +67,14 @@ def test_the_peak_of_a_call_is_counted_from_its_begin():
 
   assert 60 < measuring.peak_growth(lambda: fill(64)) < 80
   assert measuring.peak_growth(lambda: fill(16)) < 30
+
+
+def test_the_ratio_is_that_of_the_rounds_and_lies_between_its_quartiles():
+  """The machine slows down to a fifth after the first round, between the two sides of the second one."""
+  row = measuring.timed_row("step", Timing((1.0, 1.0, 5.0, 5.0, 5.0)), Timing((2.0, 10.0, 10.0, 10.0, 10.0)))
+  assert row.ratio == 0.5
+  low, high = row.details["ratio_quartiles"]
+  assert low <= row.ratio <= high
 
 
 def test_rows_as_a_table(capsys):
@@ -85,5 +94,5 @@ def test_both_sides_take_the_same_step(network):
   steps.require_equal_steps(steps.Ours(setting), steps.Theirs(setting))
   other = steps.Theirs(setting)
   other.config.loss.ifd_weight = 0.0
-  with pytest.raises(NotComparableError, match="loss"):
+  with pytest.raises(NotComparableError, match="total"):
     steps.require_equal_steps(steps.Ours(setting), other)
