@@ -196,6 +196,7 @@ def waiting_share(*, short: bool) -> measuring.Row:
 def main() -> None:
   """Measures and prints."""
   options = measuring.parser(__doc__).parse_args()
+  measuring.require("torch")
   amount = {"batch_size": 24, "batches": 10, "rounds": 5}
   kinds = {
     "CT, 512x512 to 224x224": {"shape": (512, 512), "channels": 1, "size": 224},
@@ -210,6 +211,7 @@ def main() -> None:
     "Input pipeline, augmentation included",
     rows,
     as_json=options.json,
+    short=options.short,
     device=measuring.device_kind(),
     other="npz + scipy + DataLoader",
     notes=[f"Batches of {amount['batch_size']}; {conversion.cpus()} worker processes on the other side."],

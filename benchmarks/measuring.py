@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import gc
 import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
@@ -175,6 +176,28 @@ def parser(description: str | None) -> argparse.ArgumentParser:
   return made
 
 
+def positive(text: str) -> int:
+  """A whole number of at least 1, for argparse."""
+  try:
+    number = int(text)
+  except ValueError:
+    number = 0
+  if number < 1:
+    raise argparse.ArgumentTypeError(f"{text}: a whole number of at least 1 is needed")
+  return number
+
+
+def require(*packages: str) -> None:
+  """Ends with exit code 2 unless the other side's packages are installed; asked before anything is computed."""
+  missing = [package for package in packages if importlib.util.find_spec(package) is None]
+  if missing:
+    print(
+      f"error: {' and '.join(missing)} not installed: pip install -r benchmarks/requirements.txt (or `make bench`)",
+      file=sys.stderr,
+    )
+    sys.exit(2)
+
+
 def device_kind() -> str:
   """What JAX computes on: "cpu", or the name of the first accelerator."""
   import jax  # not by benchmarks that do without it
@@ -217,28 +240,44 @@ def present(
   rows: Sequence[Row],
   *,
   as_json: bool,
+  short: bool = False,
   device: str | None = None,
+  ours: str = "ours",
   other: str = "other",
   notes: Sequence[str] = (),
 ) -> None:
   """Prints a benchmark's result.
 
+  A short form, or a machine that was busy before, is said below the table.
+
   Args:
     title: what was measured.
     rows: the lines.
     as_json: print one JSON object instead of a table.
+    short: sizes were those of --short; targets are left out.
     device: where it ran; None for the CPU.
+    ours: name of this side.
     other: name of the other side.
     notes: lines below the table.
   """
   facts = machine(device)
+  notes = list(notes)
+  if short:
+    rows = [dataclasses.replace(row, target=None) for row in rows]
+    notes.append("Short form: it shows that the comparison runs, and claims nothing.")
+  if facts["load"] > facts["cores"] / 2:
+    notes.append(
+      f"The machine was BUSY before this began (load {facts['load']}): ratios of such a run mean nothing, since "
+      "PyTorch's threads wait for one another and lose more by it than XLA's. Repeat it on an idle machine."
+    )
   if as_json:
     content = [dataclasses.asdict(row) | {"ratio": row.ratio, "details": dict(row.details)} for row in rows]
-    print(json.dumps({"title": title, "machine": facts, "other": other, "rows": content, "notes": list(notes)}))
+    named = {"ours": ours, "other": other}
+    print(json.dumps({"title": title, "short": short, "machine": facts} | named | {"rows": content, "notes": notes}))
     return
   console = Console(width=None if sys.stdout.isatty() else 120)
   result = table.Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-  for heading in ("", "unit", "ours", other, "ours / other", "target", "quartiles: ours; other; ratio"):
+  for heading in ("", "unit", ours, other, f"{ours} / {other}", "target", "quartiles: ours; other; ratio"):
     result.add_column(heading, justify="left" if heading in ("", "unit") else "right")
   for row in rows:
     result.add_row(
@@ -255,7 +294,7 @@ def present(
   threads = "" if facts["torch_threads"] is None else f" ({facts['torch_threads']} threads for PyTorch)"
   console.print(
     f"{facts['device']} of {facts['processor']}, {facts['cores']} cores{threads}, load before {facts['load']}; "
-    f"{versions}"
+    f"{versions}; {facts['date']}"
   )
   for note in notes:
     console.print(note, markup=False, highlight=False)

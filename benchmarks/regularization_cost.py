@@ -29,9 +29,10 @@ def main() -> None:
     rows += _rows(network, flags)
     gc.collect()
   measuring.present(
-    "Added by self-regularization",
+    f"Added by self-regularization, {settings(flags, flags.networks[0], VARIANTS)[0]}",
     rows,
     as_json=flags.json,
+    short=flags.short,
     device=measuring.device_kind(),
     other="PyTorch",
     notes=[

@@ -309,17 +309,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _names(text: str) -> tuple[str, ...]:
-  names = tuple(text.split(","))
+  names = tuple(_RECIPES) if text == "both" else tuple(text.split(","))
   if unknown := set(names) - set(_RECIPES):
     raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: the networks are {', '.join(_RECIPES)}")
   return names
 
 
 def _counts(text: str) -> tuple[int, ...]:
-  counts = tuple(int(count) for count in text.split(","))
-  if min(counts) < 1:
-    raise argparse.ArgumentTypeError(f"{text}: at least 1")
-  return counts
+  return tuple(map(measuring.positive, text.split(",")))
 
 
 def assumed_machine(arguments: argparse.Namespace) -> Machine:

@@ -112,7 +112,9 @@ def main() -> None:
     "Start of training",
     rows,
     as_json=options.json,
+    short=options.short,
     device=measuring.device_kind(),
+    ours="with cache",
     other="without cache",
     notes=[f"Batches of 4; each includes the step itself. Size of the cache: {sizes}."],
   )

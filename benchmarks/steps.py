@@ -17,12 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import selfreg_jax as sr
+from benchmarks import measuring
 from benchmarks.measuring import require_equal
 from selfreg_jax import losses
 from selfreg_jax import mesh as meshes
 from selfreg_jax.config import base_config, select_terms
 from selfreg_jax.features import COLLECTION, Features
 from selfreg_jax.models.factory import build_model, initial_variables
+from selfreg_jax.models.swin_unet import DropPath
 from selfreg_jax.training import optimizer as optimizers
 from selfreg_jax.training.step import TrainState, create_state, make_loss, make_train_step, named_key
 
@@ -42,10 +44,11 @@ def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
     The flags; defaults that depend on the device or on --short are filled in, `networks` holds names.
   """
   parser.add_argument("--network", choices=("both", *NETWORKS), default="both")
-  parser.add_argument("--batch_size", type=int, help="slices of a batch; 4 on a CPU, 24 on a GPU")
-  parser.add_argument("--rounds", type=int, help="timed steps of each side; 9, or 3 with --short")
+  parser.add_argument("--batch_size", type=measuring.positive, help="slices of a batch; 4 on a CPU, 24 on a GPU")
+  parser.add_argument("--rounds", type=measuring.positive, help="timed steps of each side; 9, or 3 with --short")
   parser.add_argument("--budget", type=float, default=900.0, help="seconds of turns; three rounds at least")
   flags = parser.parse_args()
+  measuring.require("torch")
   flags.networks = NETWORKS if flags.network == "both" else (flags.network,)
   flags.batch_size = flags.batch_size or ((2 if flags.short else 4) if jax.default_backend() == "cpu" else 24)
   flags.rounds = flags.rounds or (3 if flags.short else 9)
@@ -80,6 +83,9 @@ class Setting:
   def size(self) -> int:
     """Pixels a side of the images."""
     return 56 if self.short else 224
+
+  def __str__(self) -> str:
+    return f"batches of {self.batch_size}, {self.size}x{self.size}, {self.dtype}"
 
   def config(self) -> Any:
     """A run's config with the recipe's values."""
@@ -167,7 +173,7 @@ class Ours:
 
       def watch(call: Any, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
         result = call(*args, **kwargs)
-        if isinstance(context.module, nn.Dropout) and context.module.rate > 0:
+        if isinstance(context.module, DropPath) and context.module.rate > 0:
           before, after = (x.astype(jnp.float32) for x in (args[0], result))
           axes = tuple(range(1, before.ndim))
           factors.append(jnp.sum(before * after, axes) / jnp.sum(before**2, axes))
@@ -252,7 +258,7 @@ class Theirs:
     self._pairs = None if pairs is None else [tuple(tensor(i) for i in pair) for pair in pairs]
     if self.setting.network == "swin_unet":
       places = [place for place in self.network.drop_paths() if place.rate > 0]
-      for place, factor in zip(places, factors or [None] * len(places), strict=True):
+      for place, factor in zip(places, [None] * len(places) if factors is None else factors, strict=True):
         place.factors = None if factor is None else tensor(factor)
 
   def _logits_and_terms(self) -> tuple[Any, dict[str, Any]]:

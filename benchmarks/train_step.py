@@ -60,9 +60,10 @@ def main() -> None:
     gc.collect()
   notes.append("PyTorch: the faster of eager and torch.compile" if flags.compiled else "PyTorch: eager")
   measuring.present(
-    "Training step",
+    f"Training step, {setting}",
     rows + memory_rows,
     as_json=flags.json,
+    short=flags.short,
     device=measuring.device_kind(),
     other="PyTorch",
     notes=notes,
@@ -104,7 +105,7 @@ def _sides(setting: Setting, *, compiled: bool, notes: list[str]) -> tuple[dict[
 
 
 def _matmul(setting: Setting) -> tuple[Callable[[], None], float]:
-  """A product of large square matrices, and its operations: what the device can do at best."""
+  """A product of large square matrices in XLA, and its operations: what the device does when nothing is in the way."""
   side = 8192 if _platform() == "gpu" else 512 if setting.short else 2048
   matrix = jax.random.normal(jax.random.key(0), (side, side), setting.dtype)
   product = jax.jit(jnp.matmul)
@@ -131,7 +132,7 @@ def _time_rows(setting: Setting, timings: dict[str, Timing], facts: dict[str, fl
       f"{name}: arithmetic",
       achieved / 1e9,
       unit="GFLOP/s",
-      spread=f"{achieved / rate:.0%} of a large matmul's {rate / 1e9:.4g}",
+      spread=f"{achieved / rate:.0%} of XLA's large matmul: {rate / 1e9:.4g}",
       details={"operations_of_a_step": facts["operations"], "matmul_rate": rate},
     ),
     Row(f"{name}: compilation", facts["compile_seconds"]),
@@ -151,7 +152,7 @@ def _memory_row(flags: argparse.Namespace, network: str) -> Row:
     peaks[side] = json.loads(output.splitlines()[-1])
   ours, other = (peaks[side]["peak"] for side in ("ours", "PyTorch"))
   target = None if flags.short else MEMORY_TARGETS.get(_platform())
-  return Row(f"{network} selfreg: peak memory", ours, other, unit="MiB", target=target, details=peaks)
+  return Row(f"{network} selfreg: peak memory (eager)", ours, other, unit="MiB", target=target, details=peaks)
 
 
 def _memory_here(side: str, setting: Setting) -> dict[str, float]:

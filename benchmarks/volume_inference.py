@@ -165,11 +165,13 @@ def _options() -> argparse.Namespace:
   parser = measuring.parser(__doc__)
   parser.add_argument(
     "--slices",
-    type=lambda text: tuple(map(int, text.split(","))),
+    type=lambda text: tuple(map(measuring.positive, text.split(","))),
     help="of the volumes, small to large; 30,75,150, or 8,30 with --short",
   )
-  parser.add_argument("--rounds", type=int, default=3, help="timed runs of each side")
-  return parser.parse_args()
+  parser.add_argument("--rounds", type=measuring.positive, default=3, help="timed runs of each side")
+  options = parser.parse_args()
+  measuring.require("torch")
+  return options
 
 
 def _forward_row(ours: Ours, network: Any, size: int, options: argparse.Namespace, notes: list[str]) -> measuring.Row:
@@ -223,6 +225,7 @@ def main() -> None:
     "A volume through the paper's UNet" if not options.short else "A volume through a narrow UNet",
     rows,
     as_json=options.json,
+    short=options.short,
     device=measuring.device_kind(),
     other="PyTorch, slice by slice",
     notes=[

@@ -1,3 +1,4 @@
+import argparse
 import json
 
 import numpy as np
@@ -75,6 +76,32 @@ def test_the_ratio_is_that_of_the_rounds_and_lies_between_its_quartiles():
   assert row.ratio == 0.5
   low, high = row.details["ratio_quartiles"]
   assert low <= row.ratio <= high
+
+
+def test_a_missing_package_ends_the_command_before_it_computes(capsys):
+  measuring.require("numpy")
+  with pytest.raises(SystemExit) as stopped:
+    measuring.require("numpy", "no_such_package")
+  assert stopped.value.code == 2
+  assert "no_such_package not installed: pip install -r benchmarks/requirements.txt" in capsys.readouterr().err
+
+
+def test_short_forms_and_busy_machines_are_told(capsys, monkeypatch):
+  row = measuring.timed_row("step", Timing((1.0,)), Timing((2.0,)), target=1.25)
+  for load, busy in ((0.0, False), (1e3, True)):
+    monkeypatch.setattr(measuring, "_LOAD", load)
+    measuring.present("Step", [row], as_json=True, short=busy)
+    content = json.loads(capsys.readouterr().out)
+    assert content["short"] == busy
+    assert content["rows"][0]["target"] == (None if busy else 1.25)
+    assert ["BUSY" in note for note in content["notes"]] == ([False, True] if busy else [])
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "many"])
+def test_numbers_of_rounds_are_whole_and_positive(text):
+  assert measuring.positive("3") == 3
+  with pytest.raises(argparse.ArgumentTypeError, match=text):
+    measuring.positive(text)
 
 
 def test_rows_as_a_table(capsys):

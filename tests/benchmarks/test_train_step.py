@@ -14,7 +14,7 @@ def test_the_faster_of_pytorchs_ways_counts():
   assert step.details["all_pytorch"]["eager"]["median"] == 4.0
   assert (throughput.ours, throughput.other, throughput.ratio) == (2.0, 4.0, 0.5)  # batches of 4
   assert throughput.higher_is_better
-  assert (arithmetic.ours, arithmetic.spread) == (4.0, "25% of a large matmul's 16")
+  assert (arithmetic.ours, arithmetic.spread) == (4.0, "25% of XLA's large matmul: 16")
   assert compilation.ours == 9.0
 
 
