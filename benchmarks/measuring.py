@@ -6,7 +6,6 @@ import gc
 import importlib.metadata
 import importlib.util
 import json
-import os
 import pathlib
 import platform
 import re
@@ -21,7 +20,9 @@ from rich.console import Console
 
 from selfreg_jax.data import conversion
 
-_LOAD = os.getloadavg()[0]  # before the benchmark adds its own
+_busy_before: float | None = None  # what `parser` saw of the machine
+_SECONDS_OF_LOOKING = 0.25
+_MOST_BUSY = 0.25  # share of the cores
 _VERSIONED = ("selfreg-jax", "jax", "jaxlib", "flax", "numpy", "scipy", "torch", "medpy")
 
 
@@ -169,11 +170,29 @@ def timed_row(name: str, ours: Timing, other: Timing, *, target: float | None = 
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-  """A parser with the flags of every benchmark: --json and --short."""
+  """A parser with the flags of every benchmark: --json and --short; looks what else the machine does."""
+  global _busy_before
+  _busy_before = busy_share()
   made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
   made.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
   made.add_argument("--short", action="store_true", help="small sizes: seconds instead of minutes, no claim")
   return made
+
+
+def busy_share() -> float | None:
+  """Which share of all processors' time is used at present, by a short look; None where /proc is missing."""
+
+  def read() -> tuple[int, int]:
+    times = list(map(int, pathlib.Path("/proc/stat").read_text().splitlines()[0].split()[1:]))
+    return sum(times), times[3] + times[4]  # idle, and waiting for disks
+
+  try:
+    total, idle = read()
+    time.sleep(_SECONDS_OF_LOOKING)
+    later_total, later_idle = read()
+  except OSError:
+    return None
+  return 1 - (later_idle - idle) / max(later_total - total, 1)
 
 
 def positive(text: str) -> int:
@@ -207,7 +226,7 @@ def device_kind() -> str:
 
 
 def machine(device: str | None = None) -> dict[str, Any]:
-  """What the numbers hold for: versions, processor, cores, load, device."""
+  """What the numbers hold for: versions, processor, cores, what they did before, device."""
   versions = {}
   for name in _VERSIONED:
     try:
@@ -220,7 +239,7 @@ def machine(device: str | None = None) -> dict[str, Any]:
     "processor": _processor(),
     "cores": conversion.cpus(),
     "torch_threads": sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None,
-    "load": round(_LOAD, 2),
+    "busy_before": _busy_before if _busy_before is None else round(_busy_before, 2),
     "device": device or "cpu",
     "date": time.strftime("%Y-%m-%d"),
   }
@@ -265,9 +284,10 @@ def present(
   if short:
     rows = [dataclasses.replace(row, target=None) for row in rows]
     notes.append("Short form: it shows that the comparison runs, and claims nothing.")
-  if facts["load"] > facts["cores"] / 2:
+  busy = facts["busy_before"]
+  if busy is not None and busy > _MOST_BUSY:
     notes.append(
-      f"The machine was BUSY before this began (load {facts['load']}): ratios of such a run mean nothing, since "
+      f"The machine was BUSY before this began ({busy:.0%} of its cores): ratios of such a run mean nothing, since "
       "PyTorch's threads wait for one another and lose more by it than XLA's. Repeat it on an idle machine."
     )
   if as_json:
@@ -293,8 +313,7 @@ def present(
   versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
   threads = "" if facts["torch_threads"] is None else f" ({facts['torch_threads']} threads for PyTorch)"
   console.print(
-    f"{facts['device']} of {facts['processor']}, {facts['cores']} cores{threads}, load before {facts['load']}; "
-    f"{versions}; {facts['date']}"
+    f"{facts['device']} of {facts['processor']}, {facts['cores']} cores{threads}; {versions}; {facts['date']}"
   )
   for note in notes:
     console.print(note, markup=False, highlight=False)

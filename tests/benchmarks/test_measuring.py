@@ -78,6 +78,13 @@ def test_the_ratio_is_that_of_the_rounds_and_lies_between_its_quartiles():
   assert low <= row.ratio <= high
 
 
+def test_what_else_the_machine_does_is_seen(monkeypatch):
+  reads = iter(["cpu  100 0 50 800 50 0 0 0 0 0\ncpu0 1", "cpu  160 0 90 880 70 0 0 0 0 0\ncpu0 1"])
+  monkeypatch.setattr(measuring.pathlib.Path, "read_text", lambda path: next(reads))
+  monkeypatch.setattr(measuring.time, "sleep", lambda seconds: None)
+  assert measuring.busy_share() == pytest.approx(0.5)  # 100 of 200 ticks
+
+
 def test_a_missing_package_ends_the_command_before_it_computes(capsys):
   measuring.require("numpy")
   with pytest.raises(SystemExit) as stopped:
@@ -88,8 +95,8 @@ def test_a_missing_package_ends_the_command_before_it_computes(capsys):
 
 def test_short_forms_and_busy_machines_are_told(capsys, monkeypatch):
   row = measuring.timed_row("step", Timing((1.0,)), Timing((2.0,)), target=1.25)
-  for load, busy in ((0.0, False), (1e3, True)):
-    monkeypatch.setattr(measuring, "_LOAD", load)
+  for share, busy in ((0.0, False), (0.9, True)):
+    monkeypatch.setattr(measuring, "_busy_before", share)
     measuring.present("Step", [row], as_json=True, short=busy)
     content = json.loads(capsys.readouterr().out)
     assert content["short"] == busy
