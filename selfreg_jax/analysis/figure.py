@@ -5,6 +5,7 @@ Columns are the stages of the network, rows the runs; a stage with several block
 
 import dataclasses
 import io
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -76,8 +77,9 @@ def draw(runs: Sequence["RunAnalysis"], summary: Mapping[str, Any], plan: "Plan"
     bottleneck = stage == [name for name in stages if name.startswith("encoder")][-1]
     page.text(x, _TOP - 0.12, stage.replace("_", " ") + ("\n(bottleneck)" if bottleneck else ""))
   y = _TOP
+  labels = run_names([run["workdir"] for run in summary["runs"]])
   for index, run in enumerate(runs):
-    page.row_labels(y, height, rows, summary["runs"][index]["workdir"], _RUN_COLORS[index] if len(runs) > 1 else _TEXT)
+    page.row_labels(y, height, rows, labels[index], _RUN_COLORS[index] if len(runs) > 1 else _TEXT)
     _draw_images(page, run, case, (width, height), y, rows)
     for name, cell in cells.items():
       axes = page.axes(left + cell.column * (width + _GAP), y + cell.row * (height + _GAP), width, height)
@@ -89,13 +91,13 @@ def draw(runs: Sequence["RunAnalysis"], summary: Mapping[str, Any], plan: "Plan"
   page.text(left + leading * (width + _GAP), y - 0.1, "correlation |r| of pairs of channels, over all cases", ha="left")
   for index, run in enumerate(runs):
     color = _RUN_COLORS[index] if len(runs) > 1 else _TEXT
-    page.row_labels(y, width + _CAPTION, rows, summary["runs"][index]["workdir"], color)
+    page.row_labels(y, width + _CAPTION, rows, labels[index], color)
     for name, cell in cells.items():
       axes = page.axes(left + cell.column * (width + _GAP), y + cell.row * (width + _CAPTION + _GAP), width, width)
       _draw_matrix(axes, run.correlations[name], run.pooled, name)
     y += rows * (width + _CAPTION + _GAP)
   page.colorbar(_MATRIX, "|r|", start, y - _GAP - _CAPTION - start)
-  _draw_curves(page, y + _BETWEEN - 0.1, names, summary)
+  _draw_curves(page, y + _BETWEEN - 0.1, names, labels, summary)
   return page.drawing
 
 
@@ -143,10 +145,9 @@ class _Page:
     text = f"{plan.manifest.dataset}, case {case_id}, slice {index}: Grad-CAM of {shown}"
     self.text(0.12, 0.32, text, ha="left", fontsize=12, fontweight="bold")
 
-  def row_labels(self, y: float, height: float, rows: int, workdir: str, color: str) -> None:
+  def row_labels(self, y: float, height: float, rows: int, name: str, color: str) -> None:
     room = rows * (height + _GAP) - _GAP
     # As large as there is room for along the rows, and cut where that would be too small to read.
-    name = _folder_name(workdir)
     letters = int(room / (_LETTER * _SMALLEST))
     name = name if len(name) <= letters else name[: letters - 1] + "\N{HORIZONTAL ELLIPSIS}"
     size = min(10, room / (_LETTER * len(name)))
@@ -220,7 +221,9 @@ def _draw_matrix(axes: Axes, matrix: np.ndarray, pooled: Mapping[Any, float], na
   axes.text(0.5, -0.03, text, fontsize=8, color=_TEXT, ha="center", va="top", transform=axes.transAxes)
 
 
-def _draw_curves(page: _Page, y: float, names: Sequence[str], summary: Mapping[str, Any]) -> None:
+def _draw_curves(
+  page: _Page, y: float, names: Sequence[str], labels: Sequence[str], summary: Mapping[str, Any]
+) -> None:
   plots = (
     ("Grad-CAM energy inside the foreground, %", "cam_inside", ALL, 100.0),
     ("linear probe: R² of the classes", "probe_r2", MEAN, 1.0),
@@ -233,7 +236,7 @@ def _draw_curves(page: _Page, y: float, names: Sequence[str], summary: Mapping[s
     axes.set_title(title, fontsize=10, color=_TEXT)
     for number, run in enumerate(summary["runs"]):
       rows = [find(run["values"], name, quantity, class_name) for name in names]
-      _curve(axes, rows, factor, _RUN_COLORS[number], _folder_name(run["workdir"]), number)
+      _curve(axes, rows, factor, _RUN_COLORS[number], labels[number], number)
     if quantity == "cam_inside":
       area = find(summary["runs"][0]["values"], "", "class_area", class_name)["mean"]
       if area is not None:
@@ -259,8 +262,12 @@ def _curve(axes: Axes, rows: Sequence[Mapping[str, Any]], factor: float, color: 
   axes.vlines(x, bounds[:, 0], bounds[:, 1], color=color, linewidth=1, alpha=0.7)
 
 
-def _folder_name(workdir: str) -> str:
-  return workdir.rstrip("/").rpartition("/")[2]
+def run_names(workdirs: Sequence[str]) -> list[str]:
+  """Runs by the shortest ends of their paths that tell them apart: "none/seed_0" beside "selfreg/seed_0"."""
+  parts = [pathlib.PurePath(workdir).parts for workdir in workdirs]
+  longest = max(map(len, parts))
+  length = next((n for n in range(1, longest) if len({path[-n:] for path in parts}) == len(parts)), longest)
+  return [str(pathlib.PurePath(*path[-length:])) for path in parts]
 
 
 def _short(name: str) -> str:

@@ -76,3 +76,16 @@ def test_pictures_are_in_the_radiological_view_and_files_can_be_read():
   document = figure.render(drawing, "pdf")
   assert document.startswith(b"%PDF")
   assert document == figure.render(figure.draw(runs, summary, plan), "pdf")
+
+
+@pytest.mark.parametrize(
+  ("workdirs", "names"),
+  [
+    (["runs/selfreg/"], ["selfreg"]),
+    (["runs/selfreg", "runs/baseline"], ["selfreg", "baseline"]),
+    (["a/selfreg/seed_0", "b/none/seed_0"], ["selfreg/seed_0", "none/seed_0"]),
+    (["run", "old/run"], ["run", "old/run"]),
+  ],
+)
+def test_runs_are_named_so_that_they_can_be_told_apart(workdirs, names):
+  assert figure.run_names(workdirs) == names
