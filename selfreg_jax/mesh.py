@@ -144,12 +144,20 @@ def jit_once_for(mesh: Mesh, function: Callable[..., Any], **options: Any) -> An
   return jax.jit(function, compiler_options=compiler_options(mesh.devices.flat[0].platform, once=True), **options)
 
 
-def jit(function: Callable[..., Any]) -> Callable[..., Any]:
-  """`jax.jit` with the compiler options that suit JAX's default devices, which are asked for at the first call."""
+def jit(function: Callable[..., Any], *, once: bool = False) -> Callable[..., Any]:
+  """`jax.jit` with the compiler options that suit JAX's default devices, which are asked for at the first call.
+
+  Args:
+    function: to be compiled.
+    once: it will run once, and compiling takes longer than running.
+
+  Returns:
+    The function, compiled when it is called.
+  """
 
   @functools.cache
   def jitted() -> Callable[..., Any]:
-    return jax.jit(function, compiler_options=compiler_options(jax.default_backend()))
+    return jax.jit(function, compiler_options=compiler_options(jax.default_backend(), once=once))
 
   @functools.wraps(function)
   def call(*arguments: Any, **named: Any) -> Any:

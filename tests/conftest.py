@@ -130,6 +130,26 @@ def swin_state_dict(num_classes, *, embed_dim=96, depths=(2, 2, 2, 2), heads=(3,
   return {prefix + name: rule_weight(name, shape) for name, shape in shapes.items()}
 
 
+def random_variables(model, images, *, seed=1, **arguments):
+  """Variables of a module without the seconds that its own initialization takes to compile; all blocks are alive."""
+  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, **arguments))
+  return filled({"params": shapes["params"], "batch_stats": shapes.get("batch_stats", {})}, seed)
+
+
+def filled(shapes, seed):
+  """Random variables of these shapes: He's deviations, norms that do nothing yet."""
+  rng = np.random.default_rng(seed)
+
+  def fill(path, leaf):
+    if path[0].key == "batch_stats":
+      return np.full(leaf.shape, path[-1].key == "var", leaf.dtype)
+    if leaf.ndim == 1:
+      return np.full(leaf.shape, path[-1].key == "scale", leaf.dtype)
+    return rng.normal(0, np.sqrt(2 / np.prod(leaf.shape[:-1])), leaf.shape).astype(leaf.dtype)
+
+  return jax.tree_util.tree_map_with_path(fill, shapes)
+
+
 def subsample(feature_map, channel_step, step):
   """A map (B, H, W, C) as the golden files keep it: (B, C, H, W), thinned out."""
   return np.moveaxis(np.asarray(feature_map), -1, 1)[:, ::channel_step, ::step, ::step]

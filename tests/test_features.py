@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import selfreg_jax as sr
+from tests.conftest import random_variables
 
 
 class Block(nn.Module):
@@ -46,7 +47,7 @@ def apply_tapped(taps, images, variables):
 @pytest.fixture(scope="module")
 def foreign():
   images = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
-  return images, ForeignNet().init(jax.random.key(1), images)
+  return images, random_variables(ForeignNet(), images)
 
 
 def test_taps_give_the_maps_of_a_foreign_module_in_the_same_pass(foreign):
@@ -125,8 +126,8 @@ def test_features_of_a_module_inside_another_one_are_found():
       return sr.UNet(num_classes=2, widths=(2, 4, 4))(x, train=train)
 
   images = jnp.zeros((1, 8, 8, 1))
-  variables = Wrapper().init(jax.random.key(0), images, train=False)
-  assert set(variables) == {"params", "batch_stats"}
-  _, updated = Wrapper().apply(variables, images, train=False, mutable=["features"])
+  shapes = jax.eval_shape(lambda: Wrapper().init(jax.random.key(0), images, train=False))
+  assert set(shapes) == {"params", "batch_stats"}
+  _, updated = jax.eval_shape(lambda v: Wrapper().apply(v, images, train=False, mutable=["features"]), shapes)
   features = sr.Features.from_sown(updated["features"])
   assert features.final.shape == (1, 8, 8, 2)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from selfreg_jax import mesh as meshes
 from selfreg_jax.errors import UserError
 from selfreg_jax.models import swin_unet, weight_files
 from selfreg_jax.models.swin_unet import SwinUNet
@@ -258,7 +259,8 @@ class Conversion:
     filled = self.filled
     if self.absent:
       key = jax.random.key(0) if key is None else key
-      filled = filled | jax.jit(self._initial_values)(key)  # under jit XLA leaves out what is not asked for
+      # Under jit XLA leaves out what is not asked for.
+      filled = filled | meshes.jit(self._initial_values, once=True)(key)
     return {"params": {}, "batch_stats": {}} | flax.traverse_util.unflatten_dict(filled)
 
   def _initial_values(self, key: jax.Array) -> dict[tuple[str, ...], jax.Array]:

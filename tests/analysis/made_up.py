@@ -1,34 +1,11 @@
 """Made-up networks and runs for the analysis."""
 
-import jax
-import numpy as np
-
 from selfreg_jax.config import base_config
 from selfreg_jax.data import manifest as manifests
 from selfreg_jax.data.manifest import DatasetInfo
 from selfreg_jax.models.factory import abstract_variables, build_model
 from selfreg_jax.training.checkpoints import CheckpointWriter
-from tests.conftest import make_small_config
-
-
-def random_variables(model, images, *, seed=1, **arguments):
-  """Variables of a module without the time that its own initialization takes; all of its blocks are alive."""
-  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, **arguments))
-  return filled({"params": shapes["params"], "batch_stats": shapes.get("batch_stats", {})}, seed)
-
-
-def filled(shapes, seed):
-  """Random variables of these shapes: He's deviations, norms that do nothing yet."""
-  rng = np.random.default_rng(seed)
-
-  def fill(path, leaf):
-    if path[0].key == "batch_stats":
-      return np.full(leaf.shape, path[-1].key == "var", leaf.dtype)
-    if leaf.ndim == 1:
-      return np.full(leaf.shape, path[-1].key == "scale", leaf.dtype)
-    return rng.normal(0, np.sqrt(2 / np.prod(leaf.shape[:-1])), leaf.shape).astype(leaf.dtype)
-
-  return jax.tree_util.tree_map_with_path(fill, shapes)
+from tests.conftest import filled, make_small_config
 
 
 def write_random_run(data, workdir, *, seed=0, network="unet"):

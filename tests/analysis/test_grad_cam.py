@@ -9,7 +9,7 @@ import pytest
 import selfreg_jax as sr
 from selfreg_jax.analysis import grad_cam
 from selfreg_jax.analysis.taps import TappedNetwork, in_order, model_taps
-from tests.analysis.made_up import random_variables
+from tests.conftest import random_variables
 from tests.test_features import TAPS, Block, ForeignNet
 
 NETWORK = TappedNetwork.of(ForeignNet(), TAPS)
@@ -120,7 +120,7 @@ def test_a_module_that_is_called_twice_is_two_blocks():
 
   network = TappedNetwork.of(Twice(), sr.Taps(encoder=["shared"], decoder=[], final="last"))
   images = jax.random.normal(jax.random.key(0), (1, 4, 4, 4))
-  variables = Twice().init(jax.random.key(3), images)
+  variables = random_variables(Twice(), images)
   masks = jnp.ones((1, 4, 4, 2))
   found = grad_cam.grad_cam(network, variables, images, masks)
   assert in_order(found.evidence) == ["encoder_1/first", "encoder_1/last", "final"]

@@ -6,7 +6,7 @@ import pytest
 
 import selfreg_jax as sr
 from selfreg_jax.analysis.taps import TappedNetwork, model_taps, named_maps
-from tests.analysis.made_up import random_variables
+from tests.conftest import random_variables
 
 NETWORKS = {
   "unet": sr.UNet(num_classes=3, widths=(2, 4, 6)),

@@ -19,7 +19,7 @@ from selfreg_jax.training.step import (
   moving_average,
   stack_metrics,
 )
-from tests.conftest import unet_state_dict
+from tests.conftest import random_variables, unet_state_dict
 
 NAMES = {f"enc{i}": f"encoder_{i}" for i in (1, 2, 3, 4)} | {f"dec{i}": f"decoder_{i}" for i in (1, 2, 3)}
 # PyTorch name -> path in our variables, and the permutation back to PyTorch's layout.
@@ -111,7 +111,7 @@ def small():
   model = sr.UNet(num_classes=3, widths=(4, 6, 8))
   images = jax.random.normal(jax.random.key(0), (8, 16, 16, 1))
   labels = jax.random.randint(jax.random.key(1), (8, 16, 16), 0, 3)
-  variables = model.init(jax.random.key(2), images, train=False)
+  variables = random_variables(model, images, train=False)
   optimizer = optax.sgd(0.1)
   state = create_state(variables, optimizer, jax.random.key(3))
   step = make_train_step(model, make_loss(base_config().loss), optimizer)
@@ -254,7 +254,7 @@ def slice_by_slice():
   model = SliceBySlice()
   images = jax.random.normal(jax.random.key(0), (8, 16, 16, 1))
   labels = jax.random.randint(jax.random.key(1), (8, 16, 16), 0, 3)
-  variables = model.init(jax.random.key(2), images, train=False)
+  variables = random_variables(model, images, train=False)
   return model, create_state(variables, optax.sgd(0.1), jax.random.key(3)), {"image": images, "label": labels}
 
 
@@ -387,7 +387,7 @@ def test_remat_keeps_less_and_gives_the_same_gradients():
 
   def loss_of(remat):
     model = sr.UNet(num_classes=3, widths=(4, 6, 8), remat=remat)
-    variables = model.init(jax.random.key(1), images, train=False)
+    variables = random_variables(model, images, train=False)
 
     def loss(params):
       variables_now = {"params": params, "batch_stats": variables["batch_stats"]}
@@ -415,7 +415,7 @@ def test_bfloat16_trains_as_float32_does():
   losses = {}
   for dtype in (jnp.float32, jnp.bfloat16):
     model = sr.UNet(num_classes=3, widths=(4, 6, 8), dtype=dtype)
-    state = create_state(model.init(jax.random.key(2), images, train=False), optax.adam(3e-3), jax.random.key(3))
+    state = create_state(random_variables(model, images, train=False), optax.adam(3e-3), jax.random.key(3))
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
     step = jax.jit(make_train_step(model, make_loss(base_config().loss), optax.adam(3e-3)))
     history = []

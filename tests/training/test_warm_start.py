@@ -15,7 +15,7 @@ from selfreg_jax.models.factory import build_model, initial_variables
 from selfreg_jax.models.weight_files import read_weights, write_weights
 from selfreg_jax.training import interchange, warm_start
 from selfreg_jax.training.checkpoints import load_trained
-from tests.conftest import make_small_config
+from tests.conftest import make_small_config, random_variables
 from tests.training.test_loop import train
 
 
@@ -114,7 +114,7 @@ def test_a_new_head_follows_the_seed_and_input_channels_the_dataset(source_run, 
   ]
   assert not np.allclose(*heads)
   unet = sr.UNet(num_classes=3, widths=(4, 6, 8))
-  rgb = unet.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)
+  rgb = random_variables(unet, jnp.zeros((1, 32, 32, 3)), train=False)
   write_weights(sr.to_pytorch(rgb, unet), tmp_path / "rgb.npz")
   variables, lines = warm_start.load(tmp_path / "rgb.npz", unet, dataset, 32, jax.random.key(0))
   assert variables["params"]["stem"]["conv1"]["kernel"].shape == (3, 3, 1, 4)
