@@ -8,6 +8,7 @@ import pathlib
 import zlib
 
 import jax
+import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 def pytest_configure(config):
   # The same small training step is compiled by many tests, in two processes, and by the commands that tests start:
   # these find the folder in the environment, so that nothing is written into the user's own.
-  folder, seconds = str(config.cache.mkdir("jax")), 0.5
+  folder, seconds = str(config.cache.mkdir("jax")), 0.1
   jax.config.update("jax_compilation_cache_dir", folder)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
   os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
@@ -128,6 +129,21 @@ def swin_state_dict(num_classes, *, embed_dim=96, depths=(2, 2, 2, 2), heads=(3,
   norm("up.norm", embed_dim)
   shapes["output.weight"] = (num_classes, embed_dim, 1, 1)
   return {prefix + name: rule_weight(name, shape) for name, shape in shapes.items()}
+
+
+def normal(seed, shape):
+  """Normal float32 numbers. Not of jax.random, which is compiled anew for every shape, longer than many a test runs."""
+  return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def uniform(seed, shape):
+  """Float32 numbers in [0, 1)."""
+  return jnp.asarray(np.random.default_rng(seed).random(shape), jnp.float32)
+
+
+def integers(seed, shape, below):
+  """Whole numbers, 0 or more."""
+  return jnp.asarray(np.random.default_rng(seed).integers(0, below, shape))
 
 
 def random_variables(model, images, *, seed=1, **arguments):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import selfreg_jax as sr
-from tests.conftest import random_variables
+from tests.conftest import normal, random_variables
 
 
 class Block(nn.Module):
@@ -46,7 +46,7 @@ def apply_tapped(taps, images, variables):
 
 @pytest.fixture(scope="module")
 def foreign():
-  images = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
+  images = normal(0, (2, 8, 8, 1))
   return images, random_variables(ForeignNet(), images)
 
 

@@ -13,7 +13,7 @@ from scipy import optimize
 
 import selfreg_jax as sr
 from selfreg_jax import losses
-from tests.conftest import nhwc
+from tests.conftest import integers, nhwc, normal
 
 UNET_NAMES = {f"enc{i}": f"encoder_{i}" for i in (1, 2, 3, 4)} | {f"dec{i}": f"decoder_{i}" for i in (1, 2, 3)}
 SWIN_NAMES = {
@@ -85,7 +85,7 @@ def test_cross_entropy_and_dice_equal_the_authors(golden):
 
 
 def random_map(seed, *shape):
-  return jax.random.normal(jax.random.key(seed), shape)
+  return normal(seed, shape)
 
 
 def example_features(seed=0, batch=8):
@@ -105,7 +105,7 @@ def test_bfloat16_inputs_are_reduced_in_float32():
   scr = sr.semantic_consistency(features, features * 0, jax.random.key(0))
   np.testing.assert_allclose(scr, (0.25 + 0.0625) / 2, rtol=1e-6)
   logits = random_map(0, 4, 64, 64, 3).astype(jnp.bfloat16)
-  labels = jax.random.randint(jax.random.key(1), (4, 64, 64), 0, 3)
+  labels = integers(1, (4, 64, 64), 3)
   for loss in (sr.cross_entropy, sr.soft_dice):
     exact = loss(logits.astype(jnp.float32), labels)
     assert loss(logits, labels).dtype == jnp.float32
@@ -115,7 +115,7 @@ def test_bfloat16_inputs_are_reduced_in_float32():
 @pytest.mark.parametrize("loss", [sr.cross_entropy, sr.soft_dice])
 def test_ignored_pixels_do_not_count(loss):
   logits = random_map(0, 2, 6, 6, 4)
-  labels = jax.random.randint(jax.random.key(1), (2, 6, 6), 0, 4)
+  labels = integers(1, (2, 6, 6), 4)
   masked = labels.at[:, :2].set(255)
   value = loss(logits, masked, ignore_label=255)
   np.testing.assert_allclose(value, loss(logits[:, 2:], labels[:, 2:]), rtol=1e-6)
@@ -142,7 +142,7 @@ def losses_by_name(axis_name=None):
 
 
 def example_batch():
-  labels = jax.random.randint(jax.random.key(1), (8, 6, 6), 0, 4)
+  labels = integers(1, (8, 6, 6), 4)
   # Uneven shares of ignored pixels: a mean of the devices' means would be wrong.
   labels = labels.at[:3].set(3)
   return {"logits": random_map(0, 8, 6, 6, 4), "labels": labels, "features": example_features()}
@@ -287,7 +287,7 @@ def test_pairs_are_new_for_each_step_and_map():
 
 
 def test_the_papers_wording_gives_no_gradient_to_the_top_half():
-  feature_map = jax.random.normal(jax.random.key(0), (2, 3, 3, 5)) + jnp.asarray([4.0, 0, 3, 1, -2])
+  feature_map = normal(0, (2, 3, 3, 5)) + jnp.asarray([4.0, 0, 3, 1, -2])
 
   def value_and_gradient(stop_gradient):
     loss = functools.partial(sr.internal_feature_distillation, stop_gradient=stop_gradient)
@@ -403,7 +403,7 @@ def test_another_teacher_supervises_all_maps_but_itself():
 
 
 def test_deep_supervision_weights_halve_with_depth_and_labels_are_sampled():
-  labels = jax.random.randint(jax.random.key(0), (2, 12, 12), 0, 3)
+  labels = integers(0, (2, 12, 12), 3)
   auxiliary = tuple(random_map(seed, 2, size, size, 3) for seed, size in enumerate((3, 6, 12)))
   value, terms = losses.deep_supervision(auxiliary, labels, sr.cross_entropy)
   expected = []
@@ -485,8 +485,8 @@ def test_bad_arguments_are_refused_at_trace_time(name):
 
 def test_channels_selected_by_a_product_are_those_that_are_gathered():
   """The way of processors and the way of all other devices give the same numbers and gradients."""
-  x = jax.random.normal(jax.random.key(0), (2, 3, 4, 8))
-  weights = jax.random.normal(jax.random.key(1), (2, 3, 4, 5))
+  x = normal(0, (2, 3, 4, 8))
+  weights = normal(1, (2, 3, 4, 5))
   first, second = jnp.asarray([7, 0, 3, -2, 1]), jnp.asarray([2, 4, 5, 6, 0])
   ways = {
     "selected": (lambda x: losses._channels(x, first), lambda x: jnp.take(x, first, axis=-1)),

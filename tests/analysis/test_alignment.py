@@ -1,4 +1,3 @@
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,11 +6,12 @@ from scipy import linalg
 from selfreg_jax.analysis import alignment
 from selfreg_jax.analysis.grad_cam import resized
 from selfreg_jax.analysis.redundancy import Moments, batch_moments
+from tests.conftest import normal, uniform
 
 
 def test_energy_is_shared_between_inside_and_outside():
-  evidence = jax.random.normal(jax.random.key(0), (3, 4, 4))
-  mask = jax.random.bernoulli(jax.random.key(1), 0.3, (3, 8, 8)).astype(jnp.float32)
+  evidence = normal(0, (3, 4, 4))
+  mask = (uniform(1, (3, 8, 8)) < 0.3).astype(jnp.float32)
   inside, found = alignment.energy_inside(evidence, mask)
   outside, _ = alignment.energy_inside(evidence, 1 - mask)
   assert found.all()

@@ -9,7 +9,7 @@ import pytest
 import selfreg_jax as sr
 from selfreg_jax.analysis import grad_cam
 from selfreg_jax.analysis.taps import TappedNetwork, in_order, model_taps
-from tests.conftest import random_variables
+from tests.conftest import integers, normal, random_variables
 from tests.test_features import TAPS, Block, ForeignNet
 
 NETWORK = TappedNetwork.of(ForeignNet(), TAPS)
@@ -18,9 +18,9 @@ explain = jax.jit(functools.partial(grad_cam.grad_cam, NETWORK))
 
 @pytest.fixture(scope="module")
 def case():
-  images = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
+  images = normal(0, (2, 8, 8, 1))
   variables = {"params": random_variables(ForeignNet(), images)["params"]}
-  labels = jax.random.randint(jax.random.key(2), (2, 8, 8), 0, 3)
+  labels = integers(2, (2, 8, 8), 3)
   return images, variables, jax.nn.one_hot(labels, 3)
 
 
@@ -119,7 +119,7 @@ def test_a_module_that_is_called_twice_is_two_blocks():
       return nn.Dense(2, name="head")(x)
 
   network = TappedNetwork.of(Twice(), sr.Taps(encoder=["shared"], decoder=[], final="last"))
-  images = jax.random.normal(jax.random.key(0), (1, 4, 4, 4))
+  images = normal(0, (1, 4, 4, 4))
   variables = random_variables(Twice(), images)
   masks = jnp.ones((1, 4, 4, 2))
   found = grad_cam.grad_cam(network, variables, images, masks)

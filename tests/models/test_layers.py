@@ -6,21 +6,22 @@ import pytest
 import scipy.stats
 
 from selfreg_jax.models import layers
+from tests.conftest import normal
 
 SHAPE = (2, 6, 5, 16)
 
 
 def far_from_zero(dtype=jnp.float32):
-  return (100 + jax.random.normal(jax.random.key(0), SHAPE)).astype(dtype)
+  return (100 + normal(0, SHAPE)).astype(dtype)
 
 
 def parameters(*names, size=16):
-  return {name: jax.random.normal(jax.random.key(i), (size,)) for i, name in enumerate(names, 1)}
+  return {name: normal(i, (size,)) for i, name in enumerate(names, 1)}
 
 
 def require_equal_with_gradients(ours, flax, variables, x, *, rtol=1e-4):
   """Outputs, updated collections, and gradients with respect to parameters and input of two modules."""
-  weights = jax.random.normal(jax.random.key(9), SHAPE[:-1])[..., None]
+  weights = normal(9, SHAPE[:-1])[..., None]
 
   def run(module):
     def loss(params, x):
@@ -79,9 +80,9 @@ def test_layer_norm_equals_that_of_flax(dtype):
 @pytest.mark.parametrize("features", [8, 24])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_dense_equals_that_of_flax(features, dtype):
-  kernel = jax.random.normal(jax.random.key(0), (16, features)) / 4
+  kernel = normal(0, (16, features)) / 4
   variables = {"params": {"kernel": kernel, **parameters("bias", size=features)}}
-  x = jax.random.normal(jax.random.key(1), SHAPE).astype(dtype)
+  x = normal(1, SHAPE).astype(dtype)
   rtol = 1e-4 if dtype == jnp.float32 else 2e-2
   require_equal_with_gradients(
     layers.Dense(features, dtype=dtype), nn.Dense(features, dtype=dtype), variables, x, rtol=rtol
@@ -103,16 +104,16 @@ def test_gelu_in_bfloat16_is_the_exact_one_rounded_once():
 
 
 def test_spread_and_channel_sum_are_each_others_transposes():
-  values = jax.random.normal(jax.random.key(0), (16,))
+  values = normal(0, (16,))
   everywhere, transpose = jax.vjp(lambda values: layers.spread(values, SHAPE), values)
   np.testing.assert_array_equal(everywhere, np.broadcast_to(values, SHAPE))
-  x = jax.random.normal(jax.random.key(1), SHAPE)
+  x = normal(1, SHAPE)
   np.testing.assert_allclose(transpose(x)[0], x.sum((0, 1, 2)), rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(layers.channel_sum(x), x.sum((0, 1, 2)), rtol=1e-5, atol=1e-5)
 
 
 def test_a_pointwise_convolution_is_a_convolution():
-  variables = {"params": {"kernel": jax.random.normal(jax.random.key(0), (1, 1, 16, 3)), "bias": jnp.arange(3.0)}}
-  x = jax.random.normal(jax.random.key(1), SHAPE)
+  variables = {"params": {"kernel": normal(0, (1, 1, 16, 3)), "bias": jnp.arange(3.0)}}
+  x = normal(1, SHAPE)
   ours = nn.Conv(3, (1, 1), conv_general_dilated=layers.pointwise_convolution).apply(variables, x)
   np.testing.assert_allclose(ours, nn.Conv(3, (1, 1)).apply(variables, x), rtol=1e-4, atol=1e-5)

@@ -9,7 +9,7 @@ import pytest
 import selfreg_jax as sr
 from selfreg_jax.errors import UserError
 from selfreg_jax.models import pytorch, weight_files
-from tests.conftest import random_variables, swin_state_dict, unet_state_dict
+from tests.conftest import random_variables, swin_state_dict, unet_state_dict, uniform
 
 SMALL = {"embed_dim": 8, "depths": (2, 2), "heads": (2, 4), "window": 3}
 
@@ -275,7 +275,7 @@ def test_other_input_channels_answer_equal_channels_as_before(unet_weights, chan
   rgb["inc.double_conv.0.weight"] = np.concatenate([kernel, 2 * kernel, -kernel], axis=1)
   with pytest.warns(UserWarning, match=r"resized: inc.double_conv.0.weight \(64, 3, 3, 3\)"):
     variables = sr.from_pytorch(rgb, model, image_size=32, channels=channels)
-  grey = jax.random.uniform(jax.random.key(0), (1, 32, 32, 1))
+  grey = uniform(0, (1, 32, 32, 1))
   apply = jax.jit(lambda v, x: model.apply(v, x, train=False))
   before = apply(sr.from_pytorch(rgb, model, image_size=32), jnp.repeat(grey, 3, axis=-1))
   after = apply(variables, jnp.repeat(grey, channels, axis=-1))

@@ -10,7 +10,7 @@ import selfreg_jax as sr
 from selfreg_jax.config import base_config
 from selfreg_jax.models import swin_unet
 from selfreg_jax.models.factory import build_model
-from tests.conftest import nhwc, subsample, swin_state_dict
+from tests.conftest import integers, nhwc, normal, subsample, swin_state_dict, uniform
 
 SMALL = {"embed_dim": 8, "depths": (2, 3), "heads": (2, 4), "window": 3}  # image sizes are multiples of 24
 
@@ -88,9 +88,9 @@ def window_attention_in_loops(variables, x, *, heads, window, shift):
 def test_attention_sees_the_tokens_of_its_window_and_no_others(shift, size):
   window = 3 if size == (6, 9) else 4
   attention = swin_unet.WindowAttention(heads=2, window=window, shift=shift)
-  x = jax.random.normal(jax.random.key(0), (2, *size, 6))
+  x = normal(0, (2, *size, 6))
   shapes = jax.eval_shape(attention.init, jax.random.key(1), x)
-  variables = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape), shapes)
+  variables = jax.tree.map(lambda leaf: normal(leaf.size, leaf.shape), shapes)
   result = attention.apply(variables, x)
   for ours, image in zip(result, np.asarray(x, np.float64), strict=True):
     expected = window_attention_in_loops(variables, image, heads=2, window=window, shift=shift)
@@ -105,8 +105,8 @@ def test_windows_shift_in_every_second_block_of_maps_larger_than_a_window():
 
 def test_one_channel_is_three_equal_ones_and_colours_are_taken_as_they_are():
   model, variables = sr.SwinUNet(num_classes=3, **SMALL), small_variables()
-  grey = jax.random.uniform(jax.random.key(1), (1, 24, 24, 1))
-  colour = jax.random.uniform(jax.random.key(2), (1, 24, 24, 3))
+  grey = uniform(1, (1, 24, 24, 1))
+  colour = uniform(2, (1, 24, 24, 3))
   apply = jax.jit(lambda x: model.apply(variables, x, train=False))
   np.testing.assert_array_equal(apply(grey), apply(jnp.repeat(grey, 3, axis=-1)))
   assert not np.allclose(apply(colour), apply(colour[..., ::-1]), atol=1e-3)
@@ -120,7 +120,7 @@ def test_rectangles_and_sizes_other_than_the_trained_one_are_possible():
 
 def test_drop_path_drops_whole_branches_of_samples_and_keeps_the_expectation():
   block = swin_unet.SwinBlock(heads=2, window=3, shift=0, drop_path=0.4)
-  x = jax.random.normal(jax.random.key(0), (512, 3, 3, 4))
+  x = normal(0, (512, 3, 3, 4))
   x = jnp.broadcast_to(x[:1], x.shape)
   variables = far_from_initial(block, x)
   kept = block.apply(variables, x, False)
@@ -163,7 +163,7 @@ def test_drop_path_rates_rise_evenly_and_the_decoder_mirrors_them(monkeypatch):
 
 
 def test_traced_drop_path_rates_drop_what_the_same_numbers_do():
-  x, rngs = jax.random.normal(jax.random.key(0), (64, 2, 2, 3)), {"dropout": jax.random.key(1)}
+  x, rngs = normal(0, (64, 2, 2, 3)), {"dropout": jax.random.key(1)}
 
   def dropped(rate):
     return swin_unet.DropPath(rate).apply({}, x, train=True, rngs=rngs)
@@ -174,7 +174,7 @@ def test_traced_drop_path_rates_drop_what_the_same_numbers_do():
 
 
 def test_drop_path_draws_as_the_dropout_of_flax_does():
-  x = jax.random.normal(jax.random.key(0), (64, 2, 2, 3))
+  x = normal(0, (64, 2, 2, 3))
   rngs = {"dropout": jax.random.key(1)}
 
   dropped = swin_unet.DropPath(0.3).apply({}, x, train=True, rngs=rngs)
@@ -184,12 +184,12 @@ def test_drop_path_draws_as_the_dropout_of_flax_does():
 
 def test_heads_of_deep_supervision_are_there_in_training_only():
   model = sr.SwinUNet(num_classes=3, **SMALL, deep_supervision=True)
-  images = jax.random.normal(jax.random.key(0), (1, 24, 24, 1))
+  images = normal(0, (1, 24, 24, 1))
   shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))["params"]
   params = small_variables()["params"]
   names = [f"auxiliary{i}" for i in range(1, len(SMALL["depths"]))]
   assert set(shapes) - set(params) == set(names)
-  heads = {name: {"kernel": jax.random.normal(jax.random.key(2), shapes[name]["kernel"].shape)} for name in names}
+  heads = {name: {"kernel": normal(2, shapes[name]["kernel"].shape)} for name in names}
 
   def features(params, train):
     rngs = {"dropout": jax.random.key(1)}
@@ -204,7 +204,7 @@ def test_heads_of_deep_supervision_are_there_in_training_only():
 
 def test_training_drops_at_random_by_the_key_and_evaluation_does_not():
   model, variables = sr.SwinUNet(num_classes=3, drop_path=0.5, **SMALL), small_variables()
-  x = jax.random.normal(jax.random.key(0), (2, 24, 24, 1))
+  x = normal(0, (2, 24, 24, 1))
 
   @jax.jit
   def train(key):
@@ -228,9 +228,9 @@ def test_losses_use_the_first_and_last_block_of_each_stage():
 def test_recomputing_blocks_changes_neither_parameters_nor_gradients():
   fields = SMALL | {"depths": (1, 2)}
   plain, recomputing = (sr.SwinUNet(num_classes=3, remat=remat, **fields) for remat in (False, True))
-  x = jax.random.normal(jax.random.key(0), (2, 24, 24, 1))
+  x = normal(0, (2, 24, 24, 1))
   variables = far_from_initial(plain, x)
-  labels = jax.random.randint(jax.random.key(1), (2, 24, 24), 0, 3)
+  labels = integers(1, (2, 24, 24), 3)
   shapes = jax.eval_shape(lambda: recomputing.init(jax.random.key(0), x, train=False))
   assert jax.tree.structure(shapes) == jax.tree.structure(variables)
 
@@ -278,12 +278,13 @@ def test_gradients_equal_float64():
 def test_bfloat16_computes_in_bfloat16_and_gives_float32_logits():
   variables = small_variables()
   model = sr.SwinUNet(num_classes=3, dtype=jnp.bfloat16, **SMALL)
-  x = jax.random.normal(jax.random.key(0), (1, 24, 24, 1))
-  logits, updated = model.apply(variables, x, train=False, mutable=["features"])
+  x = normal(0, (1, 24, 24, 1))
+  logits, updated = jax.jit(lambda v: model.apply(v, x, train=False, mutable=["features"]))(variables)
   assert logits.dtype == jnp.float32
   assert sr.Features.from_sown(updated["features"]).final.dtype == jnp.bfloat16
-  exact = sr.SwinUNet(num_classes=3, **SMALL).apply(variables, x, train=False)
-  np.testing.assert_allclose(logits, exact, atol=0.05 * float(jnp.abs(exact).max()))
+  exact = jax.jit(lambda v: sr.SwinUNet(num_classes=3, **SMALL).apply(v, x, train=False))(variables)
+  # These weights are large: single positions lie on the edge of a softmax.
+  assert np.linalg.norm(logits - exact) < 0.05 * np.linalg.norm(exact)
 
 
 def test_initial_weights_are_the_authors():

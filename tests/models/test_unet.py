@@ -7,7 +7,7 @@ import pytest
 
 import selfreg_jax as sr
 from selfreg_jax.models.unet import max_pool, upsample_bilinear
-from tests.conftest import nhwc, random_variables, subsample, unet_state_dict
+from tests.conftest import nhwc, normal, random_variables, subsample, unet_state_dict
 
 
 def test_bilinear_unet_equals_the_authors(golden):
@@ -69,8 +69,8 @@ def test_bilinear_upsampling_interpolates_with_aligned_corners(size):
 
 @pytest.mark.parametrize("size", [(8, 9), (96, 96), (224, 224)])  # at the last two, a reshaped maximum is wrong
 def test_maxima_and_their_gradients_are_those_of_flax(size):
-  x = jnp.round(4 * jax.random.normal(jax.random.key(0), (2, *size, 3))) / 4  # with many equal values in a cell
-  weights = jax.random.normal(jax.random.key(1), (2, size[0] // 2, size[1] // 2, 3))
+  x = jnp.round(4 * normal(0, (2, *size, 3))) / 4  # with many equal values in a cell
+  weights = normal(1, (2, size[0] // 2, size[1] // 2, 3))
   results = [
     jax.jit(jax.value_and_grad(lambda x, pool=pool: jnp.sum(pool(x) * weights)))(x)
     for pool in (max_pool, lambda x: nn.max_pool(x, (2, 2), strides=(2, 2)))
@@ -120,7 +120,7 @@ def test_gradients_of_the_whole_network_equal_float64(upsample, size):
 
 def test_bfloat16_computes_in_bfloat16_and_gives_float32_logits():
   model = sr.UNet(num_classes=2, widths=(4, 4, 4), dtype=jnp.bfloat16)
-  images = jax.random.normal(jax.random.key(0), (1, 16, 16, 1))
+  images = normal(0, (1, 16, 16, 1))
   variables = random_variables(model, images, train=False)
   assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
   logits, updated = jax.jit(lambda v, x: model.apply(v, x, train=False, mutable=["features"]))(variables, images)
@@ -158,7 +158,7 @@ def test_bad_arguments_are_refused(model, shape, message):
 def test_heads_of_deep_supervision_are_there_in_training_only(upsample):
   fields = {"num_classes": 3, "widths": (4, 6, 8, 8), "upsample": upsample}
   plain, model = sr.UNet(**fields), sr.UNet(**fields, deep_supervision=True)
-  images = jax.random.normal(jax.random.key(0), (2, 16, 16, 1))
+  images = normal(0, (2, 16, 16, 1))
   variables = random_variables(model, images, train=False)
   without = jax.eval_shape(lambda: plain.init(jax.random.key(1), images, train=False))
   assert set(variables["params"]) - set(without["params"]) == {"auxiliary1", "auxiliary2"}

@@ -19,7 +19,7 @@ from selfreg_jax.training.step import (
   moving_average,
   stack_metrics,
 )
-from tests.conftest import random_variables, unet_state_dict
+from tests.conftest import integers, normal, random_variables, unet_state_dict
 
 NAMES = {f"enc{i}": f"encoder_{i}" for i in (1, 2, 3, 4)} | {f"dec{i}": f"decoder_{i}" for i in (1, 2, 3)}
 # PyTorch name -> path in our variables, and the permutation back to PyTorch's layout.
@@ -109,8 +109,8 @@ def test_six_steps_equal_the_authors_in_float64(golden):
 @pytest.fixture(scope="module")
 def small():
   model = sr.UNet(num_classes=3, widths=(4, 6, 8))
-  images = jax.random.normal(jax.random.key(0), (8, 16, 16, 1))
-  labels = jax.random.randint(jax.random.key(1), (8, 16, 16), 0, 3)
+  images = normal(0, (8, 16, 16, 1))
+  labels = integers(1, (8, 16, 16), 3)
   variables = random_variables(model, images, train=False)
   optimizer = optax.sgd(0.1)
   state = create_state(variables, optimizer, jax.random.key(3))
@@ -207,7 +207,7 @@ def test_a_loss_with_traced_numbers_is_that_of_python_ones(loss_inputs):
 def test_deep_supervision_adds_the_weighted_loss_of_the_heads(loss_inputs):
   logits, features, batch, key = loss_inputs
   config = loss_config(deep_supervision_weight=0.7)
-  heads = dataclasses.replace(features, auxiliary=(jax.random.normal(key, (8, 8, 8, 3)),))
+  heads = dataclasses.replace(features, auxiliary=(normal(5, (8, 8, 8, 3)),))
   without, _ = make_loss(config)(logits, features, batch, key)
   total, terms = make_loss(config)(logits, heads, batch, key)
   np.testing.assert_allclose(total, without + 0.7 * terms["deep_supervision"], rtol=1e-6)
@@ -252,8 +252,8 @@ class SliceBySlice(nn.Module):
 def slice_by_slice():
   """The network, a state, and a batch of eight."""
   model = SliceBySlice()
-  images = jax.random.normal(jax.random.key(0), (8, 16, 16, 1))
-  labels = jax.random.randint(jax.random.key(1), (8, 16, 16), 0, 3)
+  images = normal(0, (8, 16, 16, 1))
+  labels = integers(1, (8, 16, 16), 3)
   variables = random_variables(model, images, train=False)
   return model, create_state(variables, optax.sgd(0.1), jax.random.key(3)), {"image": images, "label": labels}
 
@@ -383,7 +383,7 @@ def test_steps_that_are_not_finite_are_skipped_until_there_are_too_many(small):
 
 
 def test_remat_keeps_less_and_gives_the_same_gradients():
-  images, labels = jax.random.normal(jax.random.key(0), (2, 16, 16, 1)), jnp.ones((2, 16, 16), jnp.int32)
+  images, labels = normal(0, (2, 16, 16, 1)), jnp.ones((2, 16, 16), jnp.int32)
 
   def loss_of(remat):
     model = sr.UNet(num_classes=3, widths=(4, 6, 8), remat=remat)
@@ -410,7 +410,7 @@ def test_remat_keeps_less_and_gives_the_same_gradients():
 
 def test_bfloat16_trains_as_float32_does():
   """Fifty steps; parameters, losses and logits stay float32."""
-  images = jax.random.normal(jax.random.key(0), (8, 16, 16, 1))
+  images = normal(0, (8, 16, 16, 1))
   labels = (images[..., 0] > 0.5).astype(jnp.int32) + (images[..., 0] > 1.2)
   losses = {}
   for dtype in (jnp.float32, jnp.bfloat16):

@@ -15,14 +15,14 @@ from selfreg_jax.models.factory import build_model, initial_variables
 from selfreg_jax.models.weight_files import read_weights, write_weights
 from selfreg_jax.training import interchange, warm_start
 from selfreg_jax.training.checkpoints import load_trained
-from tests.conftest import make_small_config, random_variables
+from tests.conftest import make_small_config, random_variables, uniform
 from tests.training.test_loop import train
 
 
 def make_swin_config(prepared):
   config = make_small_config(prepared)
   config.model = base_config("swin_unet").model
-  config.model.embed_dim, config.model.depths, config.model.heads, config.model.window = 8, (2, 2), (2, 4), 4
+  config.model.embed_dim, config.model.depths, config.model.heads, config.model.window = 8, (1, 1), (2, 4), 4
   return config
 
 
@@ -55,7 +55,7 @@ def test_a_run_starts_from_a_workdir(source_run, prepared, tmp_path):
   state = train(config, tmp_path / "tuned")
   for ours, theirs in zip(jax.tree.leaves(state.params), jax.tree.leaves(trained.params), strict=True):
     np.testing.assert_allclose(ours, theirs, atol=1e-7)
-  assert f"weights  {workdir}: 98 tensors taken, all of them" in (tmp_path / "tuned" / "train.log").read_text()
+  assert f"weights  {workdir}: 59 tensors taken, all of them" in (tmp_path / "tuned" / "train.log").read_text()
 
 
 def test_resuming_does_not_look_at_the_weights_again(source_run, tmp_path):
@@ -130,7 +130,7 @@ def test_an_encoder_alone_starts_a_training_but_is_no_predictor(source_run, data
     interchange.write_workdir(tmp_path / "encoder.npz", tmp_path / "w", config)
   model = build_model(config.model, 3)
   _, lines = warm_start.load(tmp_path / "encoder.npz", model, dataset, 32, jax.random.key(0))
-  assert "an ImageNet encoder: 26 of them mirrored" in lines[0]
+  assert "an ImageNet encoder: 13 of them mirrored" in lines[0]
   del encoder["layers.0.downsample.reduction.weight"]
   write_weights(encoder, tmp_path / "torn.npz")
   with pytest.raises(UserError, match=r"missing: layers.0.downsample.reduction.weight"):
@@ -149,7 +149,7 @@ def test_converted_weights_predict_and_start_but_do_not_continue(prepared, tmp_p
 
   predictor = sr.load(workdir)
   assert (predictor.step, predictor.val_dice) == (0, None)
-  images = jax.random.uniform(jax.random.key(0), (2, 32, 32, 1))
+  images = uniform(0, (2, 32, 32, 1))
   expected = jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, images)
   np.testing.assert_allclose(predictor.predict_fn(images), expected, rtol=1e-5, atol=1e-6)
 
