@@ -10,7 +10,7 @@ import numpy as np
 from flax import struct
 
 from selfreg_jax.analysis import grad_cam
-from selfreg_jax.analysis.redundancy import Moments
+from selfreg_jax.analysis.redundancy import Moments, varies
 from selfreg_jax.losses import adaptive_average_pool
 
 Array = jax.Array
@@ -79,13 +79,13 @@ def fit_probe(moments: Moments, num_classes: int, *, ridge: float = 1e-3) -> Pro
     ridge: weight of the penalty, > 0.
 
   Returns:
-    The probe, float64. Channels without deviation get no weight.
+    The probe, float64. Constant channels get no weight.
   """
   channels = len(moments.mean) - num_classes
   covariance = np.asarray(moments.cross, np.float64) / float(moments.count)
   mean = np.asarray(moments.mean, np.float64)
   deviation = np.sqrt(np.maximum(np.diag(covariance)[:channels], 0))
-  inverse = np.divide(1, deviation, out=np.zeros(channels), where=deviation > 0)
+  inverse = np.divide(1, deviation, out=np.zeros(channels), where=varies(moments)[:channels])
   system = covariance[:channels, :channels] * np.outer(inverse, inverse) + ridge * np.eye(channels)
   weights = np.linalg.solve(system, inverse[:, None] * covariance[:channels, channels:])
   return Probe(mean[:channels], inverse[:, None] * weights, mean[channels:])

@@ -85,10 +85,13 @@ def batch_moments(vectors: Array, weights: Array | None = None) -> Moments:
   divisor = jnp.maximum(count, 1)
   highest = jax.lax.Precision.HIGHEST
   mean = jnp.einsum("n,nc->c", weights, vectors, precision=highest) / divisor
-  centred = (vectors - mean) * weights[:, None]
-  remainder = centred.sum(axis=0) / divisor
-  cross = jnp.einsum("nc,nd->cd", centred, centred, precision=highest) - count * jnp.outer(remainder, remainder)
-  return Moments(count, mean, cross, remainder)
+  centred = vectors - mean
+  remainder = jnp.einsum("n,nc->c", weights, centred, precision=highest) / divisor
+  # Over many positions the remainder is large enough to make a constant channel look as if it varied.
+  centred = (centred - remainder) * weights[:, None]
+  rest = centred.sum(axis=0) / divisor
+  cross = jnp.einsum("nc,nd->cd", centred, centred, precision=highest) - count * jnp.outer(rest, rest)
+  return Moments(count, mean, cross, remainder + rest)
 
 
 def correlation(moments: Moments) -> np.ndarray:
@@ -101,11 +104,12 @@ def correlation(moments: Moments) -> np.ndarray:
     (C, C) float64; nan in the rows and columns of channels that are constant, whose correlation is undefined.
   """
   cross = np.asarray(moments.cross, np.float64)
-  deviation = np.sqrt(np.where(_varies(moments), np.diag(cross), np.nan))
+  deviation = np.sqrt(np.where(varies(moments), np.diag(cross), np.nan))
   return np.clip(cross / np.outer(deviation, deviation), -1, 1)
 
 
-def _varies(moments: Moments) -> np.ndarray:
+def varies(moments: Moments) -> np.ndarray:
+  """Which channels, (C,), deviate from their mean by more than rounding errors."""
   variance = np.diag(np.asarray(moments.cross, np.float64)) / max(float(moments.count), 1)
   return variance > (_RESOLUTION * np.abs(np.asarray(moments.mean, np.float64))) ** 2
 
@@ -140,14 +144,14 @@ def redundancy(moments: Moments) -> Redundancy:
   Returns:
     The numbers.
   """
-  varies = _varies(moments)
-  number = int(varies.sum())
-  matrix = np.abs(correlation(moments)[np.ix_(varies, varies)])
-  cross = np.asarray(moments.cross, np.float64)[np.ix_(varies, varies)]
+  alive = varies(moments)
+  number = int(alive.sum())
+  matrix = np.abs(correlation(moments)[np.ix_(alive, alive)])
+  cross = np.asarray(moments.cross, np.float64)[np.ix_(alive, alive)]
   pairs = number * (number - 1)
   return Redundancy(
     mean_abs_correlation=float((matrix.sum() - np.trace(matrix)) / pairs) if pairs else float("nan"),
     effective_rank=float(np.trace(cross) ** 2 / np.sum(cross**2)) if number else float("nan"),
-    channels=len(varies),
-    constant=len(varies) - number,
+    channels=len(alive),
+    constant=len(alive) - number,
   )

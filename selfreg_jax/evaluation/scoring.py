@@ -116,7 +116,7 @@ def _reused(workdir: str | os.PathLike, output: pathlib.Path, request: Request) 
   found = None
   with processes.together():
     if processes.is_first():
-      found = _current(workdir, output, request)
+      found = current(workdir, output, request)
   if not processes.gather_texts("current" if found else "")[0]:
     return None
   with processes.together():
@@ -128,15 +128,29 @@ def _read(output: pathlib.Path) -> Evaluation:
   return Evaluation(output, summary, report.read_cases_csv(output / "cases.csv"))
 
 
-def _current(workdir: str | os.PathLike, output: pathlib.Path, request: Request) -> Evaluation | None:
-  """The evaluation in a folder, if it is what the request would give; the network is not loaded."""
+def current(workdir: str | os.PathLike, output: pathlib.Path, request: Request) -> Evaluation | None:
+  """The evaluation in a folder, if it is what the request would give; neither network nor cases are read.
+
+  Args:
+    workdir: of the run.
+    output: the folder.
+    request: what would be scored.
+
+  Returns:
+    The evaluation; None where there is none, or one of another checkpoint, config, dataset, split or other options.
+
+  Raises:
+    UserError: the workdir or the dataset cannot be used.
+  """
   try:
     found = _read(output)
   except (OSError, ValueError, KeyError):
     return None
   checkpoint = choose(workdir, request.checkpoint)
   config = checkpoint.config
-  manifest, _ = load_data(config, request.data)
+  unread = config.copy_and_resolve_references()
+  unread.data.verify = False  # the fingerprint tells one dataset from another
+  manifest, _ = load_data(unread, request.data)
   wanted = {
     "checkpoint": {"step": checkpoint.step, "val_dice": checkpoint.val_dice},
     "config": json.loads(json.dumps(configs.to_json(config))),

@@ -52,7 +52,15 @@ _SHOWN = ("total", "ce", "dice", "scr", "ifd", "grad_norm")
 
 
 class TrainingDivergedError(FaultError):
-  """The loss or its gradient became NaN or infinite; the message says when, where and with which cases."""
+  """The loss or its gradient became NaN or infinite; the message says when, where and with which cases.
+
+  Attributes:
+    step: the first that was not finite.
+  """
+
+  def __init__(self, message: str, step: int):
+    super().__init__(message)
+    self.step = step
 
 
 def train_and_evaluate(
@@ -413,7 +421,7 @@ def record_training(
   if failed != NO_STEP:
     terms = steps[failed - (step - len(steps))]
     values = ", ".join(f"{name} {terms[name]:.4g}" for name in _SHOWN if name in terms)
-    raise TrainingDivergedError(explain(logger, state, failed, values))
+    raise TrainingDivergedError(explain(logger, state, failed, values), failed)
   counted = [metrics for metrics in steps if not metrics.get("skipped")]
   means = {f"train/{name}": float(np.mean([metrics[name] for metrics in counted or steps])) for name in steps[0]}
   # Of updates, not steps: a skipped one leaves the optimizer, and so its schedule, where it was.

@@ -149,11 +149,25 @@ def resume(folder: pathlib.Path, plan: Plan, abstract_state: TrainState, *, over
   return dataclasses.replace(resumed, notes=tuple(damages)) if resumed else None
 
 
-def check_same_run(checkpoint: Checkpoint, plan: Plan, init_from: str, *, override: bool) -> None:
+def check_same_run(
+  checkpoint: Checkpoint,
+  plan: Plan,
+  init_from: str,
+  *,
+  override: bool,
+  remedy: str = "Give another --workdir, or --override to continue it with the new settings.",
+) -> None:
   """Refuses to continue a run with another config or other data, unless told to.
 
   What the weights or the optimizer's state hang on (the network, the classes, what the images are) cannot be changed at
   all: the checkpoint would not fit, or would be taken for something else than it is.
+
+  Args:
+    checkpoint: of the run that is there.
+    plan: of the run that is wanted.
+    init_from: what the run that is there began with.
+    override: continue with other settings, where that is possible.
+    remedy: what to do, for the message.
   """
   ours = plan.config.copy_and_resolve_references()
   ours.init_from = init_from
@@ -173,5 +187,5 @@ def check_same_run(checkpoint: Checkpoint, plan: Plan, init_from: str, *, overri
     raise UserError(
       f"the workdir holds a run at step {step} that differs from this one (then -> now):\n  "
       + "\n  ".join(problems)
-      + "\nGive another --workdir, or --override to continue it with the new settings."
+      + f"\n{remedy}"
     )

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from selfreg_jax.analysis.alignment import fit_probe
 from selfreg_jax.analysis.redundancy import Moments, batch_moments, correlation, redundancy
 
 
@@ -74,6 +75,13 @@ def test_constant_channels_are_left_out_and_counted():
   matrix = correlation(found)
   assert np.isnan(matrix[[1, 3]]).all()
   assert np.isnan(matrix[:, [1, 3]]).all()
+  assert fit_probe(found, 1).weights[1] == 0  # of channels 0 to 2 for channel 3
   dead = redundancy(stream([np.ones((5, 2), np.float32)]))
   assert dead.constant == 2
   assert np.isnan([dead.mean_abs_correlation, dead.effective_rank]).all()
+
+
+def test_constants_are_seen_as_such_over_as_many_positions_as_real_maps_have():
+  values = np.float32([0.1, 0.3, 0.7, 1.1, 2.3])
+  parts = [np.broadcast_to(values, (8, 224, 224, 5))] * 3
+  assert redundancy(stream(parts)).constant == 5

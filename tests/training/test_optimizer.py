@@ -93,3 +93,36 @@ def test_gradients_are_clipped_by_their_global_norm_before_weight_decay(name):
   clipped, scaled, whole, unclipped = updates
   for one, other in ((clipped, scaled), (unclipped, whole)):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), one, other)
+
+
+@pytest.mark.parametrize(
+  ("name", "schedule", "numbers"),
+  [
+    (
+      "sgd",
+      "poly",
+      {"learning_rate": (0.1, 0.03), "momentum": (0.9, 0.5), "weight_decay": (0, 0.1), "poly_power": (1, 2)},
+    ),
+    ("adam", "cosine", {"learning_rate": (0.1, 0.03), "weight_decay": (0, 0.1), "cosine_minimum": (0, 0.01)}),
+    ("adamw", "constant", {"learning_rate": (0.1, 0.03), "weight_decay": (0, 0.1)}),
+  ],
+)
+def test_traced_numbers_update_as_those_of_a_config_do(name, schedule, numbers):
+  """What lets ablations train several runs in one program."""
+
+  def updated(values):
+    config = base_config().optimizer.copy_and_resolve_references()
+    with config.ignore_type():
+      config.update({"name": name, "schedule": schedule, "cosine_period": 2, **values})
+    optimizer = optimizers.make_optimizer(config, optimizers.make_schedule(config, 6, 1))
+    params = {"w": jnp.asarray([1.0, -2.0, 0.5])}
+    state = optimizer.init(params)
+    for gradient in ([0.3, -1.0, 2.0], [1.0, 1.0, -1.0], [0.0, 3.0, 0.1], [-1.0, 0.2, 0.4]):
+      updates, state = optimizer.update({"w": jnp.asarray(gradient)}, state, params)
+      params = jax.tree.map(lambda p, u: p + u, params, updates)
+    return params["w"]
+
+  together = jax.jit(jax.vmap(updated))({field: jnp.asarray(values, jnp.float32) for field, values in numbers.items()})
+  for place in (0, 1):
+    alone = updated({field: float(values[place]) for field, values in numbers.items()})
+    np.testing.assert_allclose(together[place], alone, rtol=1e-6)

@@ -20,6 +20,7 @@ from selfreg_jax.errors import UserError
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,=+-]*")  # names become folders
 _FIELDS = ("run", "variants", "grid", "seeds", "reference", "split")
 _SPLITS = ("train", "val", "test")
+_ORDER_SEED = 0  # not one of `seeds`: a grid may be dealt to several commands by its seeds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +125,7 @@ def expand(config: ml_collections.ConfigDict) -> Design:
   """All runs of an ablation, each with a config that was checked.
 
   The order of the stream of slices is the same in all runs (`data.order_seed`, unless a variant changes it: that of
-  `run`, or the first seed), so that variants differ in nothing but what they change, and can share batches.
+  `run`, or 0), so that variants differ in nothing but what they change, and can share batches.
 
   Args:
     config: of the ablation, as `ablation_config` makes it.
@@ -147,7 +148,7 @@ def expand(config: ml_collections.ConfigDict) -> Design:
   made_of, twins = {}, {}
   for name, changes in variants.items():
     try:
-      made = _variant_config(config.run, changes, config.seeds[0])
+      made = _variant_config(config.run, changes)
       configs.validate(made)
     except UserError as error:
       problems.append(f"variant {name!r}: {error}")
@@ -185,6 +186,12 @@ def _check(config: ml_collections.ConfigDict) -> None:
   for field, values in config.grid:
     if not isinstance(values, tuple) or not values:
       raise UserError(f"config.grid: {field} has no values")
+    names = [_short(value) for value in values]
+    for value, name in zip(values, names, strict=True):
+      if names.count(name) > 1:
+        raise UserError(f"config.grid: {field} has {value!r} twice, or another value that is called {name!r} too")
+  if config.run.seed:
+    raise UserError(f"config.run.seed = {config.run.seed}: runs take their seeds from config.seeds; leave it 0")
 
 
 def _with_grid(
@@ -204,12 +211,12 @@ def _with_grid(
 
 
 def _short(value: Any) -> str:
-  return "-".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+  """A value as part of a name, which becomes a folder."""
+  text = "-".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+  return re.sub(r"[^A-Za-z0-9_.,=+-]+", "-", text).strip("-") if isinstance(value, str) else text
 
 
-def _variant_config(
-  run: ml_collections.ConfigDict, changes: Mapping[str, Any], order_seed: int
-) -> ml_collections.ConfigDict:
+def _variant_config(run: ml_collections.ConfigDict, changes: Mapping[str, Any]) -> ml_collections.ConfigDict:
   """The config of a run with a variant's changes; raises UserError where a field does not exist."""
   if "seed" in changes:
     raise UserError("seed: is set by the ablation's own field `seeds`")
@@ -219,7 +226,7 @@ def _variant_config(
     if network != config.model.name and network in configs.NETWORKS:
       config.model = configs.base_config(network).model
     if config.data.order_seed < 0:
-      config.data.order_seed = order_seed
+      config.data.order_seed = _ORDER_SEED
     fields = configs.flatten(config)
     unknown = [field for field in changes if field not in fields]
     if unknown:
@@ -247,4 +254,6 @@ def _nearest(field: str, config: ml_collections.ConfigDict) -> str:
 def _run(seed: int, name: str, config: ml_collections.ConfigDict) -> Run:
   config = config.copy_and_resolve_references()
   config.seed = seed
+  if config.data.order_seed < 0:  # a variant says so; written down, lest runs of several orders share their batches
+    config.data.order_seed = seed
   return Run(name, seed, config)

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -18,11 +18,12 @@ from selfreg_jax.analysis.ablation import memory, records
 from selfreg_jax.analysis.ablation.design import Run
 from selfreg_jax.analysis.ablation.grouping import Group
 from selfreg_jax.analysis.ablation.program import GroupProgram, build_run, with_raw_key, with_typed_key
+from selfreg_jax.analysis.monitor import Monitor
 from selfreg_jax.data import augment, pipeline
-from selfreg_jax.errors import UserError
+from selfreg_jax.errors import FaultError, UserError
 from selfreg_jax.evaluation.inference import make_apply
 from selfreg_jax.training import checkpoints
-from selfreg_jax.training.checkpoints import CheckpointWriter, DamagedError
+from selfreg_jax.training.checkpoints import CheckpointWriter
 from selfreg_jax.training.feed import Feed
 from selfreg_jax.training.logging import RunLogger
 from selfreg_jax.training.loop import (
@@ -36,7 +37,7 @@ from selfreg_jax.training.loop import (
 )
 from selfreg_jax.training.plan import Plan, make_plan
 from selfreg_jax.training.signals import StopRequest, TrainingInterruptedError, stop_requests
-from selfreg_jax.training.start import Start, begin, check_same_run
+from selfreg_jax.training.start import Start, begin
 from selfreg_jax.training.step import StackedMetrics, TrainState
 from selfreg_jax.training.validation import Validation, ValidationInterruptedError
 
@@ -72,7 +73,6 @@ def train_group(
   """
   for runs in resumable_parts(group.runs, folder_of):
     plans = _plans(runs, folder_of, devices[0])
-    _check_same_runs(plans, [folder_of(run) for run in runs])
     for program in _fitting_programs(runs, plans[0], devices, memory_limit, console):
       chosen = [plans[runs.index(run)] for run in program.group.runs]
       _train(program, chosen, [folder_of(run) for run in program.group.runs], console)
@@ -81,14 +81,25 @@ def train_group(
 def resumable_parts(runs: Sequence[Run], folder_of: FolderOf) -> list[list[Run]]:
   """Deals runs into parts, each of which can go on from a step that all of its runs have a checkpoint of.
 
-  Runs that have begun are one part where they have such a step in common, and go on alone where not; those that have
-  not begun are a part of their own.
+  Runs that have begun are one part where that costs none of them more than its newest checkpoint, as after a kill
+  between the checkpoints of two runs. Else those whose newest steps are equal are a part each. Those that have not
+  begun are a part of their own.
   """
-  steps = {run.name: _steps(folder_of(run)) for run in runs}
+  steps = {run.name: sorted(_steps(folder_of(run))) for run in runs}
   fresh = [run for run in runs if not steps[run.name]]
   begun = [run for run in runs if steps[run.name]]
-  together = [begun] if begun and set.intersection(*(steps[run.name] for run in begun)) else [[run] for run in begun]
+  in_common = _in_common([steps[run.name] for run in begun])
+  if in_common and all(in_common >= steps[run.name][-2:][0] for run in begun):
+    together = [begun]
+  else:
+    newest = dict.fromkeys(steps[run.name][-1] for run in begun)
+    together = [[run for run in begun if steps[run.name][-1] == step] for step in newest]
   return [part for part in (*together, fresh) if part]
+
+
+def _in_common(steps: Sequence[Collection[int]]) -> int:
+  """The newest step that all have a checkpoint of; 0 where there is none."""
+  return max(set.intersection(*map(set, steps)), default=0) if steps else 0
 
 
 def _steps(folder: pathlib.Path) -> set[int]:
@@ -101,14 +112,6 @@ def _plans(runs: Sequence[Run], folder_of: FolderOf, device: jax.Device) -> list
   return [dataclasses.replace(first, config=configs.with_absolute_paths(run.config)) for run in runs]
 
 
-def _check_same_runs(plans: Sequence[Plan], folders: Sequence[pathlib.Path]) -> None:
-  """Raises UserError where a workdir holds another run than its plan says, before anything in it is changed."""
-  for plan, folder in zip(plans, folders, strict=True):
-    for checkpoint in checkpoints.find(folder)[-1:]:
-      with contextlib.suppress(DamagedError):  # which will be set aside
-        check_same_run(checkpoint, plan, checkpoint.config.get("init_from", ""), override=False)
-
-
 def _fitting_programs(
   runs: Sequence[Run],
   plan: Plan,
@@ -117,6 +120,7 @@ def _fitting_programs(
   console: Console,
 ) -> Iterator[GroupProgram]:
   """Compiled programs for all of the runs, as few as fit into memory one after another."""
+  group = Group.of(runs)
   batch = plan.stream()[0] | {"tables": augment.ResizeTables.build(plan.dataset.shapes, plan.config.data.image_size)}
   shapes = jax.eval_shape(lambda: batch)
 
@@ -124,7 +128,7 @@ def _fitting_programs(
   def program(first: int, number: int) -> GroupProgram:
     start = time.monotonic()
     console.print(f"compiling one program for {number} run(s) ...", highlight=False)
-    made = GroupProgram(Group.of(runs[first : first + number]), plan, devices, shapes)
+    made = GroupProgram(group.part(first, number), plan, devices, shapes)
     needed = memory.needed_bytes(made.compiled)
     size = "" if needed is None else f", {needed / _MIB:.0f} MiB on each of {len(made.layout.devices)} device(s)"
     console.print(f"compiled in {time.monotonic() - start:.0f} s{size}", highlight=False)
@@ -200,17 +204,32 @@ class _Member:
       seconds=self._record.seconds + seconds,
       finished=finished,
       diverged=diverged,
+      on_nonfinite=records.remedy(self.run.config),
     )
     records.write(self._folder, record)
     self.active = False
 
 
-def _begin_together(plans: Sequence[Plan], folders: Sequence[pathlib.Path]) -> list[Start]:
+def _begin_together(
+  runs: Sequence[Run], plans: Sequence[Plan], folders: Sequence[pathlib.Path], console: Console
+) -> list[Start]:
   """Starts at the newest step that all runs have; what some of them have beyond it is made again."""
   while True:
-    in_common = set.intersection(*map(_steps, folders))
-    for folder in folders:
-      checkpoints.forget_after(folder, max(in_common, default=0))
+    steps = [_steps(folder) for folder in folders]
+    in_common = _in_common(steps)
+    if any(steps) and not in_common:
+      raise FaultError(
+        f"{', '.join(run.name for run in runs)}: a damaged checkpoint was set aside, and now they have no step in "
+        "common; run the same command again, and they go on apart"
+      )
+    for run, folder, saved in zip(runs, folders, steps, strict=True):
+      if saved and max(saved) > in_common:
+        console.print(
+          f"{run.name}: goes back from step {max(saved)} to {in_common}, where the others of its group are",
+          markup=False,
+          highlight=False,
+        )
+        checkpoints.forget_after(folder, in_common)
     starts = []
     for plan, folder in zip(plans, folders, strict=True):
       model, optimizer, _ = build_run(plan, plan.config)
@@ -227,7 +246,7 @@ def _train(program: GroupProgram, plans: Sequence[Plan], folders: Sequence[pathl
   with contextlib.ExitStack() as stack:
     for folder in folders:
       stack.enter_context(workdirs.hold(folder))
-    starts = _begin_together(plans, folders)
+    starts = _begin_together(runs, plans, folders, console)
     members = []
     for run, own, folder, start in zip(runs, plans, folders, starts, strict=True):
       own.config.init_from = start.init_from
@@ -291,6 +310,7 @@ class _Loop:
     self._plan = plan = members[0].plan
     model = build_run(plan, plan.config)[0]
     self._validation = Validation(plan.config, plan.manifest, make_apply(model), plan.mesh)
+    self._monitor = Monitor(plan.config, plan.manifest, model, plan.mesh)
     self._accumulator = MetricAccumulator(plan.config.data.batch_size, feed)
     self._start = time.monotonic()
 
@@ -315,14 +335,18 @@ class _Loop:
         stopping = bool(self._stop) and done < plan.steps
         validates = plan.validates_at(done)
         due = bool(config.train.checkpoint_every) and done % config.train.checkpoint_every == 0
-        if validates or stopping or due or done % config.train.log_every == 0:
+        analyses = bool(config.train.analyze_every) and done % config.train.analyze_every == 0
+        if validates or stopping or due or analyses or done % config.train.log_every == 0:
           self._record(done)
+        if analyses and not stopping:
+          for member, state in self._active():
+            self._monitor.run(member.logger, state, done)
         if validates and not stopping:
           self._validate(done)
         elif due and not stopping:
           for member, state in self._active():
             member.save(state)
-        if validates or due:
+        if validates or due or analyses:
           self._accumulator.restart()
         if stopping:
           self._leave(done, start_step)
@@ -356,7 +380,7 @@ class _Loop:
       except TrainingDivergedError as error:
         member.logger.say(str(error))
         self._console.print(f"{member.run.name}: {error}", markup=False, highlight=False)
-        member.end(int(state.step), self._seconds(), diverged=str(error))
+        member.end(error.step, self._seconds(), diverged=str(error))
     if totals:
       spread = f"total {min(totals):.4f} to {max(totals):.4f} in {len(totals)} run(s)"
       pace_line = f"{pace['slices_per_second']:.1f} slices/s each"

@@ -48,6 +48,11 @@ class Group:
     fields = [name for name in TRACEABLE if name in flat[0] and len({one[name] for one in flat}) > 1]
     return cls(tuple(runs), {name: tuple(float(one[name]) for one in flat) for name in fields})
 
+  def part(self, first: int, number: int) -> "Group":
+    """Some of the runs, with all numbers in which the whole group differs: a program of the group fits them too."""
+    chosen = slice(first, first + number)
+    return Group(self.runs[chosen], {name: values[chosen] for name, values in self.numbers.items()})
+
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
   """Deals runs into groups, as few as possible, each in the order of the runs."""

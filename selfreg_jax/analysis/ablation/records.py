@@ -23,6 +23,7 @@ class Record:
     seconds: of training and validation, over all starts; runs of one program share its seconds evenly.
     finished: whether it came to its end, by its last step or by early stopping.
     diverged: what was said when its loss was no longer finite; empty where it was.
+    on_nonfinite: what its config had the run do about that, see `remedy`.
   """
 
   config: str
@@ -30,6 +31,7 @@ class Record:
   seconds: float = 0.0
   finished: bool = False
   diverged: str = ""
+  on_nonfinite: str = ""
 
   @property
   def is_settled(self) -> bool:
@@ -43,13 +45,25 @@ def fingerprint(config: ml_collections.ConfigDict) -> str:
   return f"{zlib.crc32(json.dumps(fields, sort_keys=True).encode()):08x}"
 
 
+def remedy(config: ml_collections.ConfigDict) -> str:
+  """With which fields a run that diverged may be tried again: nothing before its first bad step depends on them."""
+  return f"{config.train.on_nonfinite}, {config.train.most_skips}"
+
+
 def read(folder: pathlib.Path, config: ml_collections.ConfigDict) -> Record:
-  """The record of a run; an empty one where there is none, it cannot be read, or it is of another config."""
+  """The record of a run; an empty one where there is none, it cannot be read, or it is of another config.
+
+  A run that diverged is no longer settled when its config says to do something else about steps that are not finite.
+  """
   try:
     record = Record(**json.loads((folder / FILE_NAME).read_text()))
   except (OSError, ValueError, TypeError):
     return Record(fingerprint(config))
-  return record if record.config == fingerprint(config) else Record(fingerprint(config))
+  if record.config != fingerprint(config):
+    return Record(fingerprint(config))
+  if record.diverged and record.on_nonfinite != remedy(config):
+    return dataclasses.replace(record, diverged="")
+  return record
 
 
 def write(folder: pathlib.Path, record: Record) -> None:

@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import io
-import json
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from scipy import stats
 from selfreg_jax.analysis.ablation import records
 from selfreg_jax.analysis.ablation.design import Design, Run
 from selfreg_jax.analysis.ablation.records import Record
-from selfreg_jax.evaluation import protocols, report
+from selfreg_jax.evaluation import protocols, report, scoring
 from selfreg_jax.training.logging import METRICS_FILE, read_lines
 
 _LEVEL = 0.95
@@ -55,16 +54,17 @@ class Outcome:
 
 
 def collect(design: Design, folder_of: Callable[[Run], pathlib.Path]) -> list[Outcome]:
-  """What is known of each run, in the order of the design's runs."""
+  """What is known of each run, in the order of the design's runs; an evaluation of anything else does not count."""
+  request = scoring.Request(split=design.split)
   outcomes = []
   for run in design.runs:
     folder = folder_of(run)
     record = records.read(folder, run.config)
-    summary_path = folder / "eval" / design.split / "summary.json"
-    summary = json.loads(summary_path.read_text()) if record.finished and summary_path.is_file() else None
+    output = scoring.default_output(folder, design.split, None)
+    found = scoring.current(folder, output, request) if record.finished else None
     metrics = folder / METRICS_FILE
     lines = read_lines(metrics) if metrics.is_file() else []
-    outcomes.append(Outcome(run, record, summary, lines))
+    outcomes.append(Outcome(run, record, found and found.summary, lines))
   return outcomes
 
 

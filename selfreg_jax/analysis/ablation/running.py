@@ -1,5 +1,6 @@
 """Runs an ablation: trains and scores every run that is not finished yet, then writes what came out."""
 
+import contextlib
 import dataclasses
 import fcntl
 import functools
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 import jax
 from rich.console import Console
 
+from selfreg_jax import config as configs
 from selfreg_jax import workdir as workdirs
 from selfreg_jax.analysis.ablation import figures, records, results
 from selfreg_jax.analysis.ablation.design import Design, Run
@@ -18,9 +20,12 @@ from selfreg_jax.analysis.ablation.group_training import train_group
 from selfreg_jax.analysis.ablation.grouping import group_runs
 from selfreg_jax.errors import FaultError, UserError
 from selfreg_jax.evaluation import scoring
+from selfreg_jax.training import checkpoints
+from selfreg_jax.training.checkpoints import DamagedError
 from selfreg_jax.training.loop import TrainingDivergedError, train_and_evaluate
-from selfreg_jax.training.plan import make_plan
+from selfreg_jax.training.plan import Plan, make_plan
 from selfreg_jax.training.signals import TrainingInterruptedError
+from selfreg_jax.training.start import check_same_run
 
 MODES = ("auto", "sequential", "vmap", "devices")
 _RUNS_FOLDER = "runs"
@@ -69,11 +74,11 @@ def run_ablation(design: Design, workdir: str | os.PathLike, options: Options, *
   folder = pathlib.Path(workdir)
   mode = resolve_mode(options.mode)
   devices = jax.local_devices() if mode != "vmap" else jax.local_devices()[:1]
-  check_runs(design, folder, devices if mode == "sequential" else devices[:1])
-  with workdirs.must_be_writable(folder):
-    folder.mkdir(parents=True, exist_ok=True)
   number, count = options.share
   own = design.runs[number::count]
+  check_runs(design, own, folder, devices if mode == "sequential" else devices[:1])
+  with workdirs.must_be_writable(folder):
+    folder.mkdir(parents=True, exist_ok=True)
   folder_of = functools.partial(run_folder, folder)
   where = f", of which process {number} of {count} takes {len(own)}" if count > 1 else ""
   console.print(f"ablation    {len(design.variants)} variants x {len(design.seeds)} seeds{where}; mode {mode}")
@@ -112,10 +117,21 @@ def run_folder(folder: pathlib.Path, run: Run) -> pathlib.Path:
   return folder / _RUNS_FOLDER / run.variant / f"seed_{run.seed}"
 
 
-def check_runs(design: Design, folder: pathlib.Path, devices: Sequence[jax.Device]) -> None:
-  """Raises UserError where a run's config does not go with its data or the devices, or there is nothing to score."""
+def check_runs(design: Design, own: Sequence[Run], folder: pathlib.Path, devices: Sequence[jax.Device]) -> None:
+  """Finds what can be wrong before anything is trained.
+
+  Args:
+    design: what is compared.
+    own: the runs of this process, whose workdirs no other process writes into.
+    folder: DIR.
+    devices: that a run is trained on.
+
+  Raises:
+    UserError: a run's config does not go with its data or the devices, its workdir holds another run or one on other
+      data, or there is nothing to score.
+  """
   for run in design.runs:
-    config = run.config.copy_and_resolve_references()
+    config = configs.with_absolute_paths(run.config)
     config.data.verify = False  # each run reads its data whole when it begins
     try:
       plan = make_plan(config, run_folder(folder, run), devices)
@@ -123,6 +139,19 @@ def check_runs(design: Design, folder: pathlib.Path, devices: Sequence[jax.Devic
       raise UserError(f"variant {run.variant!r}: {error}") from error
     if not plan.manifest.split(design.split):
       raise UserError(f"{config.data.dir}: the {design.split} split, which the ablation scores, is empty; see --split")
+    if run in own:
+      _check_same_run(run_folder(folder, run), plan)
+
+
+def _check_same_run(folder: pathlib.Path, plan: Plan) -> None:
+  for checkpoint in checkpoints.find(folder)[-1:]:
+    remedy = f"Give another --workdir, or remove {folder} to train it anew."
+    try:
+      check_same_run(checkpoint, plan, checkpoint.config.get("init_from", ""), override=False, remedy=remedy)
+    except DamagedError:
+      continue  # which will be set aside
+    except UserError as error:
+      raise UserError(f"{folder}: {error}") from error
 
 
 def train_alone(run: Run, folder: pathlib.Path, console: Console) -> None:
@@ -142,7 +171,7 @@ def train_alone(run: Run, folder: pathlib.Path, console: Console) -> None:
     raise
   except TrainingDivergedError as error:
     console.print(f"{run.name}: {error}", markup=False, highlight=False)
-    write(diverged=str(error))
+    write(steps=error.step, finished=False, diverged=str(error), on_nonfinite=records.remedy(run.config))
   else:
     write(finished=True, steps=int(state.step))
 
@@ -165,7 +194,8 @@ def write_results(design: Design, folder: pathlib.Path) -> dict:
     What was written to `summary.json`.
   """
   with (folder / _LOCK_FILE).open("w") as lock:
-    fcntl.flock(lock, fcntl.LOCK_EX)  # the last of several processes to come here sees the runs of all
+    with contextlib.suppress(OSError):  # a file system without locks
+      fcntl.flock(lock, fcntl.LOCK_EX)  # the last of several processes to come here sees the runs of all
     outcomes = results.collect(design, functools.partial(run_folder, folder))
     summary = results.write(design, outcomes, folder)
     figures.write(design, outcomes, summary, folder)

@@ -28,7 +28,7 @@ def test_every_variant_is_run_with_every_seed_in_the_same_order_of_slices():
   made = design(variants=TERMS)
   assert [run.name for run in made.runs] == ["none/seed_3", "both/seed_3", "none/seed_4", "both/seed_4"]
   assert [run.config.seed for run in made.runs] == [3, 3, 4, 4]
-  assert {run.config.data.order_seed for run in made.runs} == {3}
+  assert {run.config.data.order_seed for run in made.runs} == {0}
   assert made.runs[0].config.loss.scr_weight == 0
   assert made.runs[1].config.loss.scr_weight == base_run().loss.scr_weight
 
@@ -41,6 +41,27 @@ def test_a_grid_is_the_product_of_its_values_with_every_variant():
   assert made.runs[3].config.loss.scr_weight == 0.2
   crossed = design(variants=TERMS, grid={"optimizer.learning_rate": (0.1, 0.2)}, reference="both+learning_rate=0.2")
   assert len(crossed.runs) == 2 * 2 * 2
+
+
+def test_values_that_cannot_be_folders_are_named_so_that_they_can():
+  made = design(
+    grid={"loss.scr_pairing": ("index", "selfreg_jax.losses:cosine_pairing")}, reference="scr_pairing=index"
+  )
+  assert list(made.variants) == ["scr_pairing=index", "scr_pairing=selfreg_jax.losses-cosine_pairing"]
+  assert made.runs[1].config.loss.scr_pairing == "selfreg_jax.losses:cosine_pairing"
+
+
+def test_runs_that_shuffle_by_their_own_seeds_do_not_share_batches():
+  made = design(variants={**TERMS, "shuffled": {"data.order_seed": -1}})
+  assert [run.config.data.order_seed for run in made.runs] == [0, 0, 3, 0, 0, 4]
+  assert [len(group.runs) for group in group_runs(made.runs)] == [4, 1, 1]
+
+
+def test_a_seed_of_the_base_is_refused_since_it_would_have_no_effect():
+  run = base_run()
+  run.seed = 7
+  with pytest.raises(UserError, match=r"config.run.seed = 7: .*config.seeds"):
+    expand(ablation_config(run, variants=TERMS, reference="none"))
 
 
 def test_a_variant_may_be_another_network():
@@ -66,6 +87,7 @@ def test_a_variant_may_be_another_network():
     ({"variants": TERMS, "seeds": ()}, "one or more whole numbers"),
     ({"variants": TERMS, "split": "all"}, "config.split = 'all'"),
     ({"grid": {"loss.scr_weight": ()}}, "loss.scr_weight has no values"),
+    ({"grid": {"loss.scr_weight": (0.1, 0.2, 0.1)}}, "loss.scr_weight has 0.1 twice"),
     ({}, "nothing to compare"),
   ],
 )

@@ -8,19 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from selfreg_jax import config as configs
 from selfreg_jax.analysis.ablation import group_training, memory, records
 from selfreg_jax.analysis.ablation.design import ablation_config, expand
 from selfreg_jax.analysis.ablation.group_training import resumable_parts
-from selfreg_jax.analysis.ablation.grouping import group_runs
+from selfreg_jax.analysis.ablation.grouping import group_runs, with_numbers
 from selfreg_jax.analysis.ablation.program import (
   GroupProgram,
   build_run,
   make_group_step,
   with_raw_key,
 )
-from selfreg_jax.analysis.ablation.running import run_folder
+from selfreg_jax.analysis.ablation.running import Options, run_ablation, run_folder
 from selfreg_jax.config import base_config
 from selfreg_jax.data import augment
+from selfreg_jax.data.manifest import Manifest
 from selfreg_jax.errors import UserError
 from selfreg_jax.training import checkpoints, loop
 from selfreg_jax.training.plan import make_plan
@@ -134,13 +136,19 @@ def test_a_stopped_group_goes_on_from_the_newest_step_that_all_have(together, pr
     assert lines == [line.split('"step": ')[1].split(",")[0] for line in (expected[run.name] / "metrics.jsonl").open()]
 
 
-def test_the_runs_of_another_ablation_are_refused_and_stay_as_they_are(together, prepared, tmp_path):
+def test_the_runs_of_another_ablation_or_dataset_are_refused_and_stay_as_they_are(
+  together, prepared, tmp_path, monkeypatch
+):
   design, root, _ = together
   shutil.copytree(root / "runs", tmp_path / "runs")
   folders = [run_folder(tmp_path, run) for run in design.runs]
   checkpoints.forget_after(folders[0], 2)  # as if it were behind the others
-  with pytest.raises(UserError, match=r"config.optimizer.learning_rate: 0.02 -> 0.03"):
-    train(make_design(prepared, rate=0.03), tmp_path)
+  other = make_design(prepared, rate=0.03)
+  with pytest.raises(UserError, match=r"(?s)none/seed_0: .*learning_rate: 0.02 -> 0.03.*remove .*none/seed_0"):
+    run_ablation(other, tmp_path, Options("vmap"), console=SILENT)
+  monkeypatch.setattr(Manifest, "fingerprint", lambda self: "00000000")
+  with pytest.raises(UserError, match=r"(?s)none/seed_0: .*the dataset in .* is not the one trained on"):
+    run_ablation(design, tmp_path, Options("vmap"), console=SILENT)
   assert [checkpoints.find(folder)[-1].step for folder in folders] == [2, STEPS, STEPS, STEPS]
 
 
@@ -204,6 +212,11 @@ def test_a_group_that_does_not_fit_is_trained_in_turns_or_refused(together, monk
   class Made:
     def __init__(self, group, plan, devices, batch):
       self.group, self.compiled = group, len(group.runs)
+      # What the program computes with is what the run says, also where a turn's runs agree and the group does not.
+      for place, run in enumerate(group.runs):
+        used = with_numbers(plan.config, {name: values[place] for name, values in group.numbers.items()})
+        fields = configs.flatten(configs.with_absolute_paths(run.config)) | {"seed": used.seed}
+        assert configs.flatten(used) == fields
       self.layout = dataclasses.make_dataclass("Layout", ["devices"])(devices)
 
   monkeypatch.setattr(group_training, "GroupProgram", Made)
@@ -216,6 +229,7 @@ def test_a_group_that_does_not_fit_is_trained_in_turns_or_refused(together, monk
 
   assert sizes(5 * 2**20) == [4]
   assert sizes(3 * 2**20) == [3, 1]
+  assert sizes(2**20) == [1, 1, 1, 1]
   with pytest.raises(UserError, match=r"takes 1 MiB, and 0 MiB are free: the largest number that fits is 0"):
     sizes(2**19)
 
@@ -227,6 +241,14 @@ def test_runs_without_a_step_in_common_are_trained_apart(together, monkeypatch):
   parts = resumable_parts(design.runs, lambda run: run.name)
   assert [[run.name for run in part] for part in parts] == [
     ["none/seed_0", "both/seed_0", "both/seed_1"],
+    ["none/seed_1"],
+  ]
+  steps["none/seed_0"], steps["both/seed_0"] = {2, 4, 6, 8}, {4, 8}
+  # In common all have step 4: the first would lose more than its newest checkpoint.
+  parts = resumable_parts(design.runs, lambda run: run.name)
+  assert [[run.name for run in part] for part in parts] == [
+    ["none/seed_0", "both/seed_0"],
+    ["both/seed_1"],
     ["none/seed_1"],
   ]
   steps["none/seed_0"] = {2}

@@ -142,7 +142,15 @@ def test_an_ablation_is_shared_by_processes_and_the_last_one_writes_the_whole_ta
   assert ours == own["protocols"]["sound"]["mean"]["dice"]
   assert (tmp_path / "ablation.pdf").stat().st_size > 1000
 
-  diverged = records.Record(records.fingerprint(design.runs[0].config), diverged="not finite")
+  # What is there, but was scored otherwise, does not count.
+  path = tmp_path / "runs/both/seed_0/eval/test/summary.json"
+  path.write_text(json.dumps(own | {"options": {"tta": "all"}}))
+  assert running.write_results(design, tmp_path)["unfinished"] == ["both/seed_0"]
+  path.write_text("{")
+  assert running.write_results(design, tmp_path)["unfinished"] == ["both/seed_0"]
+
+  config = design.runs[0].config
+  diverged = records.Record(records.fingerprint(config), diverged="not finite", on_nonfinite=records.remedy(config))
   records.write(running.run_folder(tmp_path, design.runs[0]), diverged)
   with pytest.raises(FaultError, match="no longer finite: none/seed_0"):
     run_ablation(design, tmp_path, Options("sequential"), console=SILENT)
@@ -175,7 +183,11 @@ def test_what_became_of_a_run_of_its_own_is_recorded(prepared, tmp_path, monkeyp
   other = run.config.copy_and_resolve_references()
   other.loss.scr_weight = 0.7
   assert not records.read(folder, other).is_settled  # of another config
-  assert recorded(TrainingDivergedError("not finite at step 3")).diverged == "not finite at step 3"
+  diverged = recorded(TrainingDivergedError("not finite at step 3", 3))
+  assert (diverged.steps, diverged.diverged) == (3, "not finite at step 3")
+  other = run.config.copy_and_resolve_references()
+  other.train.on_nonfinite = "skip"  # as the message says
+  assert not records.read(folder, other).is_settled
 
 
 def test_an_ablation_without_cases_to_score_is_refused_first(tmp_path):
