@@ -153,13 +153,23 @@ def test_the_runs_of_another_ablation_or_dataset_are_refused_and_stay_as_they_ar
 
 
 def test_runs_end_one_by_one_and_the_others_go_on(prepared, tmp_path, monkeypatch):
-  design = make_design(prepared, rate=1e38, steps=12, patience=1)  # an epoch is five steps
+  design = make_design(prepared, rate=1e38, steps=12, patience=1, analyze_every=6)  # an epoch is five steps
+  analysed = []
+
+  class Recorder:
+    def __init__(self, *arguments):
+      pass
+
+    def run(self, logger, state, step):
+      analysed.append((logger.workdir.parent.name, logger.workdir.name, step))
 
   def scores(self, logger, state, step, stop):
     return 0.5 if logger.workdir.name == "seed_0" else step / 100  # stale from the second validation on
 
   monkeypatch.setattr(group_training.Validation, "run", scores)
+  monkeypatch.setattr(group_training, "Monitor", Recorder)
   folders = train(design, tmp_path)
+  assert analysed == [("both", "seed_0", 6), ("both", "seed_1", 6), ("both", "seed_1", 12)]
   outcome = {run.name: records.read(folders[run.name], run.config) for run in design.runs}
   for seed in (0, 1):
     assert "not finite at step 1" in outcome[f"none/seed_{seed}"].diverged
