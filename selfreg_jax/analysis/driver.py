@@ -26,6 +26,8 @@ from selfreg_jax.training.checkpoints import choose, load_trained
 # The last one is written last: where it is, the rest belongs to it.
 RESULTS = ("analysis.csv", "correlations.npz", "analysis.png", "analysis.pdf", "analysis.html", "analysis.json")
 
+_POSITIONS_A_CHANNEL = 10  # fewer, and a probe learns its training positions by heart
+
 Say = Callable[[str], None]
 
 
@@ -49,7 +51,7 @@ class Request:
   data: str | None = None
   cases: tuple[str, ...] = ()
   slices: int = 8
-  probe_cases: int = 8
+  probe_cases: int = 64
   masks: str = "truth"
   checkpoint: str = "best"
   example: str | None = None
@@ -153,6 +155,10 @@ def make_plan(workdirs: Sequence[str | os.PathLike], request: Request) -> Plan:
   for flag, value in (("slices", request.slices), ("probe_cases", request.probe_cases)):
     if value < 1:
       raise UserError(f"--{flag}={value}: at least 1")
+  for folder in folders:
+    runs = sorted(folder.glob("runs/*/seed_*")) if not (folder / "checkpoints").exists() else []
+    if runs:
+      raise UserError(f"{folder}: is the folder of an ablation; give one of its runs: {listed(map(str, runs))}")
   chosen = [choose(folder, request.checkpoint) for folder in folders]
   manifest, directory = scoring.load_data(chosen[0].config, request.data)
   for checkpoint in chosen:
@@ -257,6 +263,8 @@ def _analyze(workdir: pathlib.Path, plan: Plan, request: Request, say: Say) -> R
     total = measuring.merged([total, measurer.moments(*load(case_id), slices, scale=manifest.scale)])
     clock.tell(f"probe {number}/{len(plan.probe_slices)} {case_id}: {len(slices)} slices")
   probes = measuring.fit_probes(measurer.blocks, total, manifest.num_classes)
+  for line in few_positions(measurer.blocks, total):
+    say(f"warning     {line}")
 
   values, total = {}, measurer.no_moments()
   for number, (case_id, slices) in enumerate(plan.slices.items(), 1):
@@ -282,6 +290,25 @@ def _analyze(workdir: pathlib.Path, plan: Plan, request: Request, say: Say) -> R
     correlations=correlations,
     example=example,
   )
+
+
+def few_positions(blocks: Sequence[Block], moments: measuring.BlockMoments) -> list[str]:
+  """What to say of probes that were fitted to so few positions that they learn them by heart.
+
+  Args:
+    blocks: of the network.
+    moments: what their probes were fitted to.
+
+  Returns:
+    A line for each such block.
+  """
+  counts = {block.name: int(moments[block.name].count) for block in blocks}
+  return [
+    f"the probe of {block.name} reads {block.channels} channels after {counts[block.name]} positions of training cases "
+    "and may do worse than it could; more --probe_cases or --slices help"
+    for block in blocks
+    if counts[block.name] < _POSITIONS_A_CHANNEL * block.channels
+  ]
 
 
 class _Clock:
@@ -312,9 +339,9 @@ def summarize(runs: Sequence[RunAnalysis], plan: Plan, request: Request) -> dict
 
   Returns:
     {"runs": [{"workdir", "checkpoint", "config", "blocks": [{"name", "size", "channels"}], "values": rows}],
-    "comparison": rows or None, "data", "slices", "example", "request", "versions"}. Rows are {"block", "quantity",
-    "class", ...} with what `statistics.means` and `statistics.differences` give; "pooled" is the value over all cases
-    together, where there is one.
+    "comparison": rows or None, "cases", "cases_of_split", "data", "slices", "example", "request",
+    "versions"}. Rows are {"block", "quantity", "class", ...} with what `statistics.means` and `statistics.differences`
+    give; "pooled" is the value over all cases together, where there is one.
   """
   entries = [
     {
@@ -330,6 +357,7 @@ def summarize(runs: Sequence[RunAnalysis], plan: Plan, request: Request) -> dict
     "runs": entries,
     "comparison": statistics.differences(runs[0].values, runs[1].values) if len(runs) > 1 else None,
     "cases": len(plan.cases),
+    "cases_of_split": len(plan.manifest.split(request.split)),
     "data": {
       "directory": str(plan.directory),
       "dataset": plan.manifest.dataset,

@@ -6,6 +6,7 @@ Columns are the stages of the network, rows the runs; a stage with several block
 import dataclasses
 import io
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +79,7 @@ def draw(runs: Sequence["RunAnalysis"], summary: Mapping[str, Any], plan: "Plan"
     page.text(x, _TOP - 0.12, stage.replace("_", " ") + ("\n(bottleneck)" if bottleneck else ""))
   y = _TOP
   labels = run_names([run["workdir"] for run in summary["runs"]])
+  page.fit_row_labels(labels, min(rows * (height + _GAP), rows * (width + _CAPTION + _GAP)) - _GAP)
   for index, run in enumerate(runs):
     page.row_labels(y, height, rows, labels[index], _RUN_COLORS[index] if len(runs) > 1 else _TEXT)
     _draw_images(page, run, case, (width, height), y, rows)
@@ -145,15 +147,24 @@ class _Page:
     text = f"{plan.manifest.dataset}, case {case_id}, slice {index}: Grad-CAM of {shown}"
     self.text(0.12, 0.32, text, ha="left", fontsize=12, fontweight="bold")
 
+  def fit_row_labels(self, names: Sequence[str], room: float) -> None:
+    """One size for the names of all rows, as this length of a row allows; cut where that would be too small."""
+    letters = int(room / (_LETTER * _SMALLEST))
+    self._label_lines = {
+      name: [
+        line if len(line) <= letters else line[: letters - 1] + "\N{HORIZONTAL ELLIPSIS}"
+        for line in re.findall(r"[^/]+/?", name)
+      ]
+      for name in names
+    }
+    longest = max(len(line) for lines in self._label_lines.values() for line in lines)
+    self._label_size = min(9, room / (_LETTER * longest))
+
   def row_labels(self, y: float, height: float, rows: int, name: str, color: str) -> None:
     room = rows * (height + _GAP) - _GAP
-    # As large as there is room for along the rows, and cut where that would be too small to read.
-    letters = int(room / (_LETTER * _SMALLEST))
-    name = name if len(name) <= letters else name[: letters - 1] + "\N{HORIZONTAL ELLIPSIS}"
-    size = min(10, room / (_LETTER * len(name)))
     style = {"ha": "right", "va": "center"}
-    style_of_name = style | {"rotation": 90, "fontsize": size, "fontweight": "bold", "color": color, "ha": "center"}
-    self.text(0.22, y + room / 2, name, **style_of_name)
+    style_of_name = style | {"rotation": 90, "fontsize": self._label_size, "fontweight": "bold", "color": color}
+    self.text(0.22, y + room / 2, "\n".join(self._label_lines[name]), **style_of_name | {"ha": "center"})
     for row in range(rows if rows > 1 else 0):
       text = f"{_POSITIONS[row]}\nblock"
       self.text(self.left - 0.12, y + row * (height + _GAP) + height / 2, text, color=_FAINT, fontsize=9, **style)
@@ -216,6 +227,8 @@ def _draw_matrix(axes: Axes, matrix: np.ndarray, pooled: Mapping[Any, float], na
   constant = int(pooled[name, "constant_channels", ""])
   mean, rank = (pooled[name, quantity, ""] for quantity in ("mean_abs_correlation", "effective_rank"))
   text = "constant" if np.isnan(rank) else f"rank {rank:.1f} of {len(matrix) - constant}"
+  if constant and not np.isnan(rank):
+    text += f", {constant} const."
   if not np.isnan(mean):
     text = f"mean |r| {mean:.2f}\n{text}"
   axes.text(0.5, -0.03, text, fontsize=8, color=_TEXT, ha="center", va="top", transform=axes.transAxes)
@@ -225,10 +238,13 @@ def _draw_curves(
   page: _Page, y: float, names: Sequence[str], labels: Sequence[str], summary: Mapping[str, Any]
 ) -> None:
   plots = (
-    ("Grad-CAM energy inside the foreground, %", "cam_inside", ALL, 100.0),
+    ("Grad-CAM inside the foreground, %", "cam_inside", ALL, 100.0),
     ("linear probe: R² of the classes", "probe_r2", MEAN, 1.0),
-    ("mean |r| of pairs of channels", "mean_abs_correlation", "", 1.0),
+    ("mean |r| of channels, over cases", "mean_abs_correlation", "", 1.0),
   )
+  if len(labels) > 1:
+    for index, label in enumerate(labels):
+      page.text(0.7 + index * page.width / 3, y - 0.3, f"\N{BLACK CIRCLE} {label}", ha="left", color=_RUN_COLORS[index])
   gap = 0.62
   width = (page.width - 0.7 - 0.25 - gap * (len(plots) - 1)) / len(plots)
   for index, (title, quantity, class_name, factor) in enumerate(plots):
@@ -250,8 +266,6 @@ def _draw_curves(
     axes.grid(alpha=0.25)
     for side in ("top", "right"):
       axes.spines[side].set_visible(False)
-    if index == 0 and len(summary["runs"]) > 1:
-      axes.legend(fontsize=8, frameon=False)
 
 
 def _curve(axes: Axes, rows: Sequence[Mapping[str, Any]], factor: float, color: str, label: str, number: int) -> None:

@@ -20,8 +20,8 @@ _EXPLANATION = (
   "Grad-CAM: where what a block says for a class lies; its energy inside the foreground is better than chance where it "
   "is above the share of the image that the foreground takes. |r|: mean absolute correlation of pairs of channels. "
   "Effective rank: how many channels' worth of independent variation a map has. Probe: how well a linear read-out of "
-  "the block's channels, fitted to training cases, explains the classes at the map's resolution. Means over cases, "
-  "with 95 % bootstrap intervals."
+  "the block's channels, fitted to training cases, explains the classes at the map's resolution. A dash: no slice has "
+  "any evidence, or the channels are constant."
 )
 
 # (quantity, class, title, factor) of the columns.
@@ -43,7 +43,7 @@ def render(summary: Mapping[str, Any], picture: bytes) -> str:
   """
   encoded = base64.b64encode(picture).decode()
   parts = [
-    f'<p class="remark">{html.escape(_EXPLANATION)}</p>',
+    f'<p class="remark">{html.escape(_made_of(summary))} {html.escape(_EXPLANATION)}</p>',
     f'<img src="data:image/png;base64,{encoded}" style="max-width:100%;height:auto" alt="Grad-CAM, correlations and '
     f'curves over the blocks; the numbers are in the tables">',
   ]
@@ -59,6 +59,17 @@ def render(summary: Mapping[str, Any], picture: bytes) -> str:
   parts += [f"<div><h3>{html.escape(title)}</h3>{table}</div>" for title, table in tables]
   parts.append("</div>")
   return "".join(parts)
+
+
+def _made_of(summary: Mapping[str, Any]) -> str:
+  """On what the numbers stand, in a sentence."""
+  slices, probe_slices = (sum(map(len, summary[name].values())) for name in ("slices", "probe_slices"))
+  masks = {"truth": "the true masks", "prediction": "the predicted masks"}[summary["request"]["masks"]]
+  return (
+    f"Means over {summary['cases']} of {summary['cases_of_split']} {summary['data']['split']} cases ({slices} slices) "
+    f"with 95 % bootstrap intervals; Grad-CAM of {masks}; probes fitted to {len(summary['probe_slices'])} training "
+    f"cases ({probe_slices} slices)."
+  )
 
 
 def _table(blocks: Sequence[Mapping[str, Any]], rows: list[dict[str, Any]], name: str, *, signed: bool) -> str:

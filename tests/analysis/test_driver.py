@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import io
 import json
 
@@ -9,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from selfreg_jax.analysis import driver, grad_cam, tables
-from selfreg_jax.analysis.measuring import ALL, MEAN
+from selfreg_jax.analysis.measuring import ALL, MEAN, Block
+from selfreg_jax.analysis.redundancy import Moments
 from selfreg_jax.analysis.statistics import find
 from selfreg_jax.analysis.taps import TappedNetwork
 from selfreg_jax.data import augment
@@ -168,6 +170,19 @@ def test_mistakes_are_told_before_anything_is_written(runs, tmp_path, workdirs, 
   with pytest.raises(UserError, match=message):
     driver.analyze_workdirs([runs / name for name in workdirs], driver.Request(**change), output=tmp_path / "output")
   assert not (tmp_path / "output").exists()
+
+
+def test_the_folder_of_an_ablation_is_told_from_a_run_and_its_runs_are_named(tmp_path):
+  (tmp_path / "runs" / "none" / "seed_0").mkdir(parents=True)
+  with pytest.raises(UserError, match=r"is the folder of an ablation; give one of its runs: .*runs/none/seed_0"):
+    driver.analyze_workdirs([tmp_path], driver.Request(), output=tmp_path / "output")
+
+
+def test_too_few_positions_for_a_probe_are_said():
+  blocks = [Block("encoder_1", (16, 16), 8), Block("encoder_2", (2, 2), 8)]
+  moments = {block.name: dataclasses.replace(Moments.zero(11), count=np.prod(block.size) * 6) for block in blocks}
+  (line,) = driver.few_positions(blocks, moments)
+  assert "the probe of encoder_2 reads 8 channels after 24 positions" in line
 
 
 def test_slices_are_spread_over_those_with_foreground(prepared):

@@ -114,7 +114,10 @@ def load_run(beside: str, name: str) -> ml_collections.ConfigDict:
   path = folder / f"{file_name}.py"
   if not path.is_file():
     known = sorted(other.stem for other in folder.glob("*.py") if not other.stem.startswith("ablation"))
-    raise UserError(f"{pathlib.Path(beside).name}:{name}: there is no {path}; there are {', '.join(known)}")
+    raise UserError(
+      f"{pathlib.Path(beside).name}:{name}: there is no {path}; beside {pathlib.Path(beside).name}, where it is looked "
+      f"for, there are {', '.join(known)}"
+    )
   config = runpy.run_path(str(path))["get_config"](*([argument] if argument else []))
   if "variants" in config:
     raise UserError(f"{pathlib.Path(beside).name}:{name}: is an ablation itself, not a run")
@@ -170,6 +173,11 @@ def expand(config: ml_collections.ConfigDict) -> Design:
 
 def _check(config: ml_collections.ConfigDict) -> None:
   """Raises UserError unless the config has the form of an ablation's."""
+  if {"model", "loss"} <= set(config):
+    raise UserError(
+      "--config: is the config of a run, not that of an ablation; name an ablation and behind a colon what it is of: "
+      "--config=configs/ablation_terms.py:glas_narrow"
+    )
   unknown = sorted(set(config) - set(_FIELDS)) + [name for name in _FIELDS if name not in config]
   if unknown:
     raise UserError(

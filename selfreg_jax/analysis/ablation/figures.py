@@ -188,10 +188,12 @@ def _dice(summary: Mapping[str, Any], name: str, protocol: str, *, difference: b
 
 
 def _reach(entries: Sequence[Mapping[str, Any]]) -> list[float]:
-  """Half the width of each interval in percent; 0 where there is none."""
-  return [100 * (entry["interval"][1] - entry["mean"]) if entry["interval"] else 0.0 for entry in entries]
+  """Half the width of each interval in percent; nan, which is not drawn, where there is none."""
+  return [100 * (entry["interval"][1] - entry["mean"]) if entry["interval"] else np.nan for entry in entries]
 
 
 def _caption(summary: Mapping[str, Any]) -> str:
   seeds = len(summary["seeds"])
-  return f"{summary['split']} split, mean over {seeds} seed{'s' * (seeds > 1)} with 95 % interval (t distribution)"
+  if seeds == 1:
+    return f"{summary['split']} split, one seed: no interval"
+  return f"{summary['split']} split, mean over {seeds} seeds with 95 % interval (t distribution)"

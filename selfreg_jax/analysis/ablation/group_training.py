@@ -145,10 +145,11 @@ def _fitting_programs(
     )
   if not at_once:
     needed = memory.needed_bytes(program(0, min(len(devices), len(runs))).compiled)
+    given = f"--memory_gib allows {limit / _MIB:.0f} MiB" if memory_limit else f"{limit / _MIB:.0f} MiB are free"
     raise UserError(
-      f"one run on a device takes {needed / _MIB:.0f} MiB, and {limit / _MIB:.0f} MiB are free: the largest number "
-      "that fits is 0; use a smaller config.run.data.batch_size, config.run.train.accumulate or "
-      "config.run.model.remat=True"
+      f"one run on a device takes {needed / _MIB:.0f} MiB, and {given}: the largest number that fits is 0; use a "
+      "smaller config.run.data.batch_size, config.run.train.accumulate, config.run.model.remat=True"
+      + (" or a larger --memory_gib" if memory_limit else "")
     )
   if at_once < most:
     console.print(f"{at_once} run(s) fit on a device at once, of {most}: they are trained in turns", highlight=False)

@@ -71,7 +71,7 @@ def collect(design: Design, folder_of: Callable[[Run], pathlib.Path]) -> list[Ou
 def write(design: Design, outcomes: Sequence[Outcome], folder: pathlib.Path) -> dict[str, Any]:
   """Writes `results.csv`, `summary.json` and `table.md`; returns what `summary.json` holds."""
   summary = summarize(design, outcomes)
-  report.write_whole(folder / "results.csv", _csv(outcomes).encode())
+  report.write_whole(folder / "results.csv", _csv(outcomes, design.split).encode())
   report.write_whole(folder / "table.md", (table_text(summary) + "\n").encode())
   report.write_summary(folder / "summary.json", summary)
   return summary
@@ -85,9 +85,10 @@ def summarize(design: Design, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     outcomes: of its runs.
 
   Returns:
-    {"reference", "split", "seeds", "variants": {name: {"changes", "seeds" (scored), "protocols": {protocol: {"mean":
-    {metric: `spread`}, "classes": {name: {metric: `spread`}}}}, "difference": the same of value - reference over the
-    seeds that both have, None of the reference}}, "unfinished": run names, "diverged": run names}.
+    {"reference", "split", "unit" (of the sound distances), "seeds", "variants": {name: {"changes", "seeds" (scored),
+    "protocols": {protocol: {"mean": {metric: `spread`}, "classes": {name: {metric: `spread`}}}},
+    "difference": the same of value - reference over the seeds that both have, None of the reference}}, "unfinished":
+    run names, "diverged": run names}.
   """
   scored: dict[str, dict[int, Outcome]] = {name: {} for name in design.variants}
   for outcome in outcomes:
@@ -109,6 +110,7 @@ def summarize(design: Design, outcomes: Sequence[Outcome]) -> dict[str, Any]:
   return {
     "reference": design.reference,
     "split": design.split,
+    "unit": next((scoring.distance_unit("sound", one.summary) for one in outcomes if one.state == "scored"), ""),
     "seeds": list(design.seeds),
     "variants": variants,
     "unfinished": [outcome.run.name for outcome in outcomes if outcome.state == "unfinished"],
@@ -161,18 +163,18 @@ def _less(
   }
 
 
-def _csv(outcomes: Sequence[Outcome]) -> str:
+def _csv(outcomes: Sequence[Outcome], split: str) -> str:
   """A row a run; columns PROTOCOL/METRIC/CLASS, an empty field was not scored."""
   content = io.StringIO()
   writer = csv.writer(content, lineterminator="\n")
   scored = [outcome for outcome in outcomes if outcome.state == "scored"]
   columns = list(_named_scores(scored[0])) if scored else []
-  writer.writerow(("variant", "seed", "state", "steps", "best_step", "seconds", "val_dice", *columns))
+  writer.writerow(("variant", "seed", "split", "state", "steps", "best_step", "seconds", "val_dice", *columns))
   for outcome in outcomes:
     record, checkpoint, named = outcome.record, {}, {}
     if outcome.state == "scored":
       checkpoint, named = outcome.summary["checkpoint"], _named_scores(outcome)
-    about = (outcome.run.variant, outcome.run.seed, outcome.state, record.steps, checkpoint.get("step"))
+    about = (outcome.run.variant, outcome.run.seed, split, outcome.state, record.steps, checkpoint.get("step"))
     values = (f"{record.seconds:.1f}", checkpoint.get("val_dice"), *(named.get(column) for column in columns))
     writer.writerow("" if value is None else value for value in (*about, *values))
   return content.getvalue()
@@ -193,7 +195,7 @@ def table_text(summary: Mapping[str, Any]) -> str:
     f"Scores on the {summary['split']} split, over the seeds {', '.join(map(str, summary['seeds']))}: mean ± standard "
     f"deviation [95 % interval of the mean]; differences to {summary['reference']} are paired by seed.",
     "",
-    "| variant | seeds | Dice % (sound) | difference | Dice % (paper) | difference | HD95 (sound) |",
+    f"| variant | seeds | Dice % (sound) | difference | Dice % (paper) | difference | HD95 {summary['unit']} (sound) |",
     "|---|---|---|---|---|---|---|",
   ]
   for name, variant in summary["variants"].items():

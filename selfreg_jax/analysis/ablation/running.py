@@ -18,6 +18,7 @@ from selfreg_jax.analysis.ablation import figures, records, results
 from selfreg_jax.analysis.ablation.design import Design, Run
 from selfreg_jax.analysis.ablation.group_training import train_group
 from selfreg_jax.analysis.ablation.grouping import group_runs
+from selfreg_jax.data.datasets import listed
 from selfreg_jax.errors import FaultError, UserError
 from selfreg_jax.evaluation import scoring
 from selfreg_jax.training import checkpoints
@@ -128,7 +129,7 @@ def check_runs(design: Design, own: Sequence[Run], folder: pathlib.Path, devices
 
   Raises:
     UserError: a run's config does not go with its data or the devices, its workdir holds another run or one on other
-      data, or there is nothing to score.
+      data, DIR holds variants of another ablation, or there is nothing to score.
   """
   for run in design.runs:
     config = configs.with_absolute_paths(run.config)
@@ -141,6 +142,12 @@ def check_runs(design: Design, own: Sequence[Run], folder: pathlib.Path, devices
       raise UserError(f"{config.data.dir}: the {design.split} split, which the ablation scores, is empty; see --split")
     if run in own:
       _check_same_run(run_folder(folder, run), plan)
+  others = {path.parent.name for path in folder.glob(f"{_RUNS_FOLDER}/*/seed_*")} - set(design.variants)
+  if others:
+    raise UserError(
+      f"{folder}: holds runs of another ablation, of the variants {listed(sorted(others))}; give another --workdir, or "
+      f"remove them from {folder / _RUNS_FOLDER}"
+    )
 
 
 def _check_same_run(folder: pathlib.Path, plan: Plan) -> None:
@@ -178,7 +185,8 @@ def train_alone(run: Run, folder: pathlib.Path, console: Console) -> None:
 
 def _score(run: Run, folder: pathlib.Path, request: scoring.Request, console: Console) -> None:
   if records.read(folder, run.config).finished:
-    console.print(f"scoring     {run.name}", markup=False, highlight=False)
+    if scoring.current(folder, scoring.default_output(folder, request.split, None), request) is None:
+      console.print(f"scoring     {run.name}", markup=False, highlight=False)
     quiet = Console(quiet=True)  # a table for each run would hide the one that counts
     scoring.evaluate_workdir(folder, request, console=quiet, reuse=True)
 

@@ -97,7 +97,7 @@ def test_mistakes_are_told_before_anything_is_computed(fields, message):
 
 
 def test_the_config_of_a_run_is_not_that_of_an_ablation():
-  with pytest.raises(UserError, match="not the config of an ablation"):
+  with pytest.raises(UserError, match="is the config of a run, not that of an ablation"):
     expand(base_run())
 
 

@@ -146,6 +146,9 @@ def test_the_runs_of_another_ablation_or_dataset_are_refused_and_stay_as_they_ar
   other = make_design(prepared, rate=0.03)
   with pytest.raises(UserError, match=r"(?s)none/seed_0: .*learning_rate: 0.02 -> 0.03.*remove .*none/seed_0"):
     run_ablation(other, tmp_path, Options("vmap"), console=SILENT)
+  fewer = dataclasses.replace(design, variants={"both": {}}, reference="both", runs=design.runs[1::2])
+  with pytest.raises(UserError, match=r"holds runs of another ablation, of the variants none; give another --workdir"):
+    run_ablation(fewer, tmp_path, Options("vmap"), console=SILENT)
   monkeypatch.setattr(Manifest, "fingerprint", lambda self: "00000000")
   with pytest.raises(UserError, match=r"(?s)none/seed_0: .*the dataset in .* is not the one trained on"):
     run_ablation(design, tmp_path, Options("vmap"), console=SILENT)
@@ -240,7 +243,7 @@ def test_a_group_that_does_not_fit_is_trained_in_turns_or_refused(together, monk
   assert sizes(5 * 2**20) == [4]
   assert sizes(3 * 2**20) == [3, 1]
   assert sizes(2**20) == [1, 1, 1, 1]
-  with pytest.raises(UserError, match=r"takes 1 MiB, and 0 MiB are free: the largest number that fits is 0"):
+  with pytest.raises(UserError, match=r"takes 1 MiB, and --memory_gib allows 0 MiB: the largest number that fits is 0"):
     sizes(2**19)
 
 

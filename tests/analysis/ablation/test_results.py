@@ -39,7 +39,8 @@ def made_up(variants, seeds, reference, dice_of):
         "mean": {"dice": dice, **metrics},
         "classes": {"organ": {"dice": dice + 0.1, **metrics}, "other": {"dice": dice - 0.1, **metrics}},
       }
-      summary = {"protocols": {"sound": blocks, "paper": blocks}, "checkpoint": {"step": 7, "val_dice": 0.5}}
+      summary = {"protocols": {"sound": blocks, "paper": blocks}, "unit": "mm"}
+      summary["checkpoint"] = {"step": 7, "val_dice": 0.5}
     lines = [{"step": step, "val/dice": 0.1 * step, "train/ce": 1 / step, "train/dice": 0.2} for step in (1, 2, 3)]
     outcomes.append(Outcome(one, record, summary, lines))
   return design, outcomes
