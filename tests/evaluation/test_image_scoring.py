@@ -153,11 +153,11 @@ def test_current_results_are_taken_and_outdated_ones_are_not(workdir, monkeypatc
   np.testing.assert_equal(again.scores, first.scores)
   assert again.summary == json.loads(json.dumps(first.summary))
   for change in ({"split": "val"}, {"options": Options(tta=True)}):
-    assert scoring._current(workdir, first.output, dataclasses.replace(request, **change)) is None
+    assert scoring.current(workdir, first.output, dataclasses.replace(request, **change)) is None
   summary = json.loads((first.output / "summary.json").read_text())
   summary["checkpoint"]["step"] += 1
   (first.output / "summary.json").write_text(json.dumps(summary))
-  assert scoring._current(workdir, first.output, request) is None
+  assert scoring.current(workdir, first.output, request) is None
 
 
 def test_a_folder_of_images_becomes_a_folder_of_masks(workdir, images, tmp_path):

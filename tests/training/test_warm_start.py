@@ -11,7 +11,7 @@ from selfreg_jax.config import base_config
 from selfreg_jax.data import manifest as manifests
 from selfreg_jax.data.manifest import DatasetInfo
 from selfreg_jax.errors import UserError
-from selfreg_jax.models.factory import build_model, initial_variables
+from selfreg_jax.models.factory import build_model
 from selfreg_jax.models.weight_files import read_weights, write_weights
 from selfreg_jax.training import interchange, warm_start
 from selfreg_jax.training.checkpoints import load_trained
@@ -28,8 +28,8 @@ def make_swin_config(prepared):
 
 def random_weights(config, num_classes, seed=5):
   model = build_model(config.model, num_classes)
-  variables = initial_variables(model, jax.random.key(seed), config.data.image_size, 1)
-  return model, variables
+  size = config.data.image_size
+  return model, random_variables(model, jnp.zeros((1, size, size, 1)), seed=seed, train=False)
 
 
 @pytest.fixture(scope="module")
