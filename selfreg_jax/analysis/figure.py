@@ -277,10 +277,11 @@ def _curve(axes: Axes, rows: Sequence[Mapping[str, Any]], factor: float, color: 
 
 
 def run_names(workdirs: Sequence[str]) -> list[str]:
-  """Runs by the shortest ends of their paths that tell them apart: "none/seed_0" beside "selfreg/seed_0"."""
+  """Runs by the shortest ends of their paths that tell them apart; a run of an ablation by its variant and seed."""
   parts = [pathlib.PurePath(workdir).parts for workdir in workdirs]
   longest = max(map(len, parts))
-  length = next((n for n in range(1, longest) if len({path[-n:] for path in parts}) == len(parts)), longest)
+  shortest = 2 if any(path[-1].startswith("seed_") for path in parts) else 1
+  length = next((n for n in range(shortest, longest) if len({path[-n:] for path in parts}) == len(parts)), longest)
   return [str(pathlib.PurePath(*path[-length:])) for path in parts]
 
 

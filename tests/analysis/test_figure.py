@@ -82,6 +82,7 @@ def test_pictures_are_in_the_radiological_view_and_files_can_be_read():
   ("workdirs", "names"),
   [
     (["runs/selfreg/"], ["selfreg"]),
+    (["terms/runs/selfreg/seed_0"], ["selfreg/seed_0"]),
     (["runs/selfreg", "runs/baseline"], ["selfreg", "baseline"]),
     (["a/selfreg/seed_0", "b/none/seed_0"], ["selfreg/seed_0", "none/seed_0"]),
     (["run", "old/run"], ["run", "old/run"]),
