@@ -13,6 +13,7 @@ import numpy as np
 
 from selfreg_jax import config as configs
 from selfreg_jax.analysis import figure, measuring, section, statistics
+from selfreg_jax.analysis.ablation.running import run_folders
 from selfreg_jax.analysis.measuring import Block, Example, Key, Measurer
 from selfreg_jax.analysis.redundancy import correlation
 from selfreg_jax.analysis.taps import block_names, model_taps
@@ -21,7 +22,7 @@ from selfreg_jax.data.manifest import Case, CaseArrays, Manifest
 from selfreg_jax.errors import UserError
 from selfreg_jax.evaluation import report, scoring
 from selfreg_jax.models.factory import build_model
-from selfreg_jax.training.checkpoints import choose, load_trained
+from selfreg_jax.training.checkpoints import FOLDER, choose, load_trained
 
 # The last one is written last: where it is, the rest belongs to it.
 RESULTS = ("analysis.csv", "correlations.npz", "analysis.png", "analysis.pdf", "analysis.html", "analysis.json")
@@ -156,8 +157,7 @@ def make_plan(workdirs: Sequence[str | os.PathLike], request: Request) -> Plan:
     if value < 1:
       raise UserError(f"--{flag}={value}: at least 1")
   for folder in folders:
-    runs = sorted(folder.glob("runs/*/seed_*")) if not (folder / "checkpoints").exists() else []
-    if runs:
+    if not (folder / FOLDER).is_dir() and (runs := run_folders(folder)):
       raise UserError(f"{folder}: is the folder of an ablation; give one of its runs: {listed(map(str, runs))}")
   chosen = [choose(folder, request.checkpoint) for folder in folders]
   manifest, directory = scoring.load_data(chosen[0].config, request.data)

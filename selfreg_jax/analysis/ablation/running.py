@@ -118,6 +118,11 @@ def run_folder(folder: pathlib.Path, run: Run) -> pathlib.Path:
   return folder / _RUNS_FOLDER / run.variant / f"seed_{run.seed}"
 
 
+def run_folders(folder: pathlib.Path) -> list[pathlib.Path]:
+  """The workdirs of all runs that an ablation's folder holds; none where it is no such folder."""
+  return sorted(folder.glob(f"{_RUNS_FOLDER}/*/seed_*"))
+
+
 def check_runs(design: Design, own: Sequence[Run], folder: pathlib.Path, devices: Sequence[jax.Device]) -> None:
   """Finds what can be wrong before anything is trained.
 
@@ -131,6 +136,7 @@ def check_runs(design: Design, own: Sequence[Run], folder: pathlib.Path, devices
     UserError: a run's config does not go with its data or the devices, its workdir holds another run or one on other
       data, DIR holds variants of another ablation, or there is nothing to score.
   """
+  own_names = {run.name for run in own}
   for run in design.runs:
     config = configs.with_absolute_paths(run.config)
     config.data.verify = False  # each run reads its data whole when it begins
@@ -140,9 +146,9 @@ def check_runs(design: Design, own: Sequence[Run], folder: pathlib.Path, devices
       raise UserError(f"variant {run.variant!r}: {error}") from error
     if not plan.manifest.split(design.split):
       raise UserError(f"{config.data.dir}: the {design.split} split, which the ablation scores, is empty; see --split")
-    if run in own:
+    if run.name in own_names:
       _check_same_run(run_folder(folder, run), plan)
-  others = {path.parent.name for path in folder.glob(f"{_RUNS_FOLDER}/*/seed_*")} - set(design.variants)
+  others = {path.parent.name for path in run_folders(folder)} - set(design.variants)
   if others:
     raise UserError(
       f"{folder}: holds runs of another ablation, of the variants {listed(sorted(others))}; give another --workdir, or "
@@ -185,10 +191,11 @@ def train_alone(run: Run, folder: pathlib.Path, console: Console) -> None:
 
 def _score(run: Run, folder: pathlib.Path, request: scoring.Request, console: Console) -> None:
   if records.read(folder, run.config).finished:
-    if scoring.current(folder, scoring.default_output(folder, request.split, None), request) is None:
-      console.print(f"scoring     {run.name}", markup=False, highlight=False)
+    if scoring.current(folder, scoring.default_output(folder, request.split, None), request) is not None:
+      return
+    console.print(f"scoring     {run.name}", markup=False, highlight=False)
     quiet = Console(quiet=True)  # a table for each run would hide the one that counts
-    scoring.evaluate_workdir(folder, request, console=quiet, reuse=True)
+    scoring.evaluate_workdir(folder, request, console=quiet)
 
 
 def write_results(design: Design, folder: pathlib.Path) -> dict:
